@@ -1,0 +1,53 @@
+# make demo   train the tiny ACE++ on real photos and let it edit them (STEPS=, SEED= change the run)
+# make test   lint and the tests in small counts;  make soak  the same tests in full counts
+# Each makes .venv and installs what it needs; the install is skipped while pyproject.toml is unchanged.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+DEMO_DIR ?= runs/demo
+DEMO_FLAGS = --workdir=$(DEMO_DIR) $(if $(STEPS),--config.steps=$(STEPS)) $(if $(SEED),--config.seed=$(SEED))
+COUNTS ?= small
+PYTEST_FLAGS ?=
+
+# The outside judges of parity. The version has a local part (+cpu), so that no GPU build can take its place.
+TORCH := torch==2.13.0+cpu
+TORCH_INDEX := https://download.pytorch.org/whl/cpu
+TRY := $(PIP) install --quiet --retries 1 --timeout 10
+
+.PHONY: demo test soak lint clean
+
+demo: $(VENV)/.demo
+	$(BIN)/acejax demo $(DEMO_FLAGS)
+
+test: lint
+	ACEJAX_TEST_COUNTS=$(COUNTS) $(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+soak: COUNTS = full
+soak: test
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+
+clean:
+	rm -rf $(VENV) .cache .pytest_cache .ruff_cache build dist runs
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+$(VENV)/.python:
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(not (3, 11) <= v[:2] < (3, 14))' || \
+	  { echo "acejax needs Python 3.11, 3.12 or 3.13; $(PYTHON) is $$($(PYTHON) --version 2>&1). Try: make PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.demo: pyproject.toml $(VENV)/.python
+	$(PIP) install --quiet --editable '.[demo]'
+	@touch $@
+
+$(VENV)/.test: pyproject.toml $(VENV)/.python
+	$(PIP) install --quiet --editable '.[test]'
+	@if $(TRY) '$(TORCH)' 2>/dev/null || $(TRY) --extra-index-url $(TORCH_INDEX) '$(TORCH)' 2>/dev/null; then \
+	  $(PIP) install --quiet '$(TORCH)' --editable '.[judges]'; \
+	else echo "No CPU build of PyTorch found: parity is held against the recorded goldens."; fi
+	@touch $@ $(VENV)/.demo

@@ -1,0 +1,28 @@
+"""ACE++ in JAX: instruction-based image creation and editing on FLUX, as pure functions.
+
+    velocity = acejax.apply(config, params, tokens)
+
+`import acejax` needs jax, flax and numpy alone, changes no jax setting and starts no backend; what reads files is
+imported when it is first used.
+"""
+
+import importlib
+
+from acejax import flow, lcu
+from acejax.errors import UserError
+from acejax.model.config import Execution, MMDiTConfig
+from acejax.model.mmdit import Tokens, apply, init
+
+__version__ = "0.1.0"
+
+_LAZY = {"load_mmdit": "acejax.weights.load", "Editor": "acejax.edit.editor"}
+
+__all__ = ["Editor", "Execution", "MMDiTConfig", "Tokens", "UserError", "apply", "flow", "init", "lcu", "load_mmdit"]
+
+
+def __getattr__(name: str):
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    if name in ("data", "demo", "edit", "parallel", "train", "weights"):
+        return importlib.import_module(f"acejax.{name}")
+    raise AttributeError(f"module 'acejax' has no attribute {name!r}")

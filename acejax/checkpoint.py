@@ -1,0 +1,67 @@
+"""All Orbax calls: saving a run step by step and taking it up again."""
+
+import json
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+from acejax.errors import UserError
+
+
+class Checkpoints:
+    """The checkpoints of one workdir, kept in `<workdir>/checkpoints/<step>`; saving goes on in the background."""
+
+    def __init__(self, workdir: epath.PathLike, keep: int = 2):
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+        self._manager = ocp.CheckpointManager(epath.Path(workdir) / "checkpoints", options=options)
+
+    def latest(self) -> int | None:
+        """The newest whole step, or None."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: Any) -> None:
+        self._manager.save(step, args=ocp.args.StandardSave(state))
+
+    def restore(self, step: int, like: Any) -> Any:
+        """The state of a step with the shapes, dtypes and shardings of `like` (arrays or ShapeDtypeStructs)."""
+        return self._manager.restore(step, args=ocp.args.StandardRestore(like))
+
+    def close(self) -> None:
+        """Wait for what is being saved."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def claim(workdir: epath.PathLike, config: dict[str, Any], free: tuple[str, ...] = ()) -> None:
+    """Bind a workdir to a config: the first run writes `config.json`, a later one must agree with it.
+
+    Fields below the top-level names in `free` say how a run is computed, not what it computes, and may change.
+
+    Raises:
+      UserError: the workdir holds a run of another config, naming the first field that differs.
+    """
+    path = epath.Path(workdir) / "config.json"
+    config = json.loads(json.dumps(config))
+    if path.exists():
+        found, wanted = (_flatten({k: v for k, v in c.items() if k not in free})
+                         for c in (json.loads(path.read_text()), config))
+        for field in sorted(found.keys() | wanted.keys()):
+            if found.get(field) != wanted.get(field):
+                raise UserError(f"workdir {workdir} holds a run with config.{field} = {found.get(field)!r}, this one has "
+                                f"{wanted.get(field)!r}; give another --workdir, or the config it was started with")
+    if jax.process_index() == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.parent / "config.json.tmp"
+        beside.write_text(json.dumps(config, indent=2))
+        beside.rename(path) if not path.exists() else beside.replace(path)
+
+
+def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flatten(value, f"{prefix}.{key}" if prefix else key)
+    return flat

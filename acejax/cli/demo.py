@@ -1,0 +1,29 @@
+"""`acejax demo`: the main job on the built-in pictures."""
+
+from collections.abc import Sequence
+
+from absl import flags
+
+from acejax.cli.config import config_of, parse
+
+
+def main(argv: Sequence[str]) -> int:
+    """Train, edit the test photo, print the scores; 1 when they miss the thresholds."""
+    values = parse("demo", argv, _define, default="demo.py")
+    if values is None:
+        return 0
+    from acejax.demo.job import run, table
+
+    report = run(config_of(values), values["workdir"].value, values["setup_seconds"].value)
+    print(f"\n{table(report)}\n\nseconds: {report['seconds']}")
+    print(f"pictures: {values['workdir'].value}/edits.png   report: {values['workdir'].value}/report.json")
+    for line in report["missed"]:
+        print(f"missed: {line}")
+    print("passed" if report["passed"] else "not passed")
+    return 0 if report["passed"] else 1
+
+
+def _define(values: flags.FlagValues) -> None:
+    flags.DEFINE_string("workdir", "runs/demo", "Where everything is written; the same command again resumes.",
+                        flag_values=values)
+    flags.DEFINE_float("setup_seconds", 0.0, "Seconds the installation took, for the report.", flag_values=values)

@@ -1,0 +1,52 @@
+"""`acejax COMMAND ...`: picks the command, and turns a user's mistake into one line and exit code 2."""
+
+import importlib
+import sys
+
+from acejax import __version__
+from acejax.errors import UserError
+
+COMMANDS = {
+    "demo": "train a tiny ACE++ on the built-in pictures and score its edits",
+    "train": "train from a config: acejax train --config=FILE.py --workdir=DIR [--config.a.b=value]",
+    "edit": "edit a picture by instruction",
+    "bench": "measure speed and cost",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; returns the exit code: 0 well, 1 a result below its thresholds, 2 a mistake in what was given."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(_usage())
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        print(__version__)
+        return 0
+    try:
+        if argv[0] not in COMMANDS:
+            raise UserError(f"no command {argv[0]!r}; the commands are {', '.join(COMMANDS)}")
+        command = importlib.import_module(f"acejax.cli.{argv[0]}")
+        return command.main(argv[1:])
+    except UserError as error:
+        print(f"acejax: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        extra = EXTRAS.get(error.name.partition(".")[0]) if error.name else None
+        if extra is None:
+            raise
+        print(f"acejax: {argv[0]} needs {error.name}; install it with: pip install 'acejax[{extra}]'", file=sys.stderr)
+        return 2
+
+
+EXTRAS = {"optax": "train", "orbax": "train", "grain": "train", "tensorflow_datasets": "train", "tensorboardX": "train",
+          "skimage": "demo", "matplotlib": "demo"}
+
+
+def _usage() -> str:
+    lines = [f"  {name:<8}{text}" for name, text in COMMANDS.items()]
+    return "usage: acejax COMMAND [options]\n\n" + "\n".join(lines) + "\n\nacejax COMMAND --help tells the options."
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,29 @@
+"""`acejax train`: train from a config."""
+
+from collections.abc import Sequence
+
+from absl import flags
+
+from acejax.cli.config import config_of, parse
+from acejax.errors import UserError
+
+
+def main(argv: Sequence[str]) -> int:
+    """Train to the config's last step; the same command again resumes."""
+    values = parse("train", argv, _define)
+    if values is None:
+        return 0
+    config, workdir = config_of(values), values["workdir"].value
+    if workdir is None:
+        raise UserError("train: --workdir=DIR is missing")
+    from acejax.demo import job
+    from acejax.train.loop import train
+
+    _, _, stream = job.prepare(config, workdir)
+    _, seconds = train(config, workdir, stream)
+    print(f"trained to step {config.steps}: {', '.join(f'{name} {value:.0f} s' for name, value in seconds.items())}")
+    return 0
+
+
+def _define(values: flags.FlagValues) -> None:
+    flags.DEFINE_string("workdir", None, "Where checkpoints and metrics go.", flag_values=values)

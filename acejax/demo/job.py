@@ -1,0 +1,106 @@
+"""The demo from nothing to a report: pictures, autoencoder, features, two training stages, edits of the test photo."""
+
+import dataclasses
+import json
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+from etils import epath
+
+from acejax.data import dataset
+from acejax.data.cache import tabulate
+from acejax.data.canvas import normalize
+from acejax.data.stream import Stage, Stream
+from acejax.demo import evaluate, weights
+from acejax.demo.grid import save_grid
+from acejax.demo.pictures import REPAINTING, SIZE, TASKS, samples
+from acejax.demo.surroundings import Autoencoder, encode_pictures, encode_prompts, fit_autoencoder
+from acejax.errors import UserError
+from acejax.train.loop import model_config, train
+
+TEST_SEED = 1_000_000  # the test pictures are the same for every seed
+
+
+def prepare(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> tuple[epath.Path, Autoencoder, Stream]:
+    """Write the dataset (where it is not there yet), fit the autoencoder, encode the training split.
+
+    Raises:
+      UserError: batch sizes that are not one for each number of references.
+    """
+    if len(config.data.batch_sizes) != 3 or min(config.data.batch_sizes) < 1:
+        raise UserError(f"config.data.batch_sizes is {config.data.batch_sizes}; expected three positive numbers, for "
+                        "0, 1 and 2 references")
+    folder = dataset.build(epath.Path(workdir) / "data", {
+        "train": lambda: _records(config.data.samples, config.seed, "train"),
+        "test": lambda: _records(config.evaluate.samples, TEST_SEED, "test"),
+        "held": lambda: _records(config.evaluate.held, TEST_SEED, "held")})
+    rows = dataset.read(folder, "train")
+    picks = np.random.default_rng(config.seed).permutation(len(rows))[:1500]
+    autoencoder = fit_autoencoder(normalize(np.stack([rows[int(index)]["target"] for index in picks])))
+    tables = tabulate((rows[index] for index in range(len(rows))), REPAINTING,
+                      lambda pictures: encode_pictures(autoencoder, pictures), encode_prompts)
+    stages = [Stage(round(stage["share"] * config.steps), stage["weights"]) for stage in config.stages]
+    cells = SIZE // 8
+    buckets = {cells * units: size for units, size in enumerate(config.data.batch_sizes, 1)}
+    return folder, autoencoder, Stream(tables, stages, buckets, config.seed)
+
+
+def run(config: ml_collections.ConfigDict, workdir: epath.PathLike, setup_seconds: float = 0.0) -> dict[str, Any]:
+    """The whole demo; writes `edits.png`, `report.json` and `weights/` into the workdir and returns the report."""
+    workdir = epath.Path(workdir)
+    started = time.time()
+    folder, autoencoder, stream = prepare(config, workdir)
+    seconds = {"setup": setup_seconds, "data": time.time() - started}
+
+    state, spent = train(config, workdir, stream)
+    seconds |= spent
+    started = time.time()
+    model = model_config(config)
+    note = {"seed": config.seed, "steps": config.steps, "train_seconds": round(seconds["train"], 1)}
+    weights.save(workdir / "weights", model, state.params, autoencoder, note)
+    editor = weights.load_editor(workdir / "weights", config.evaluate.steps)  # what is judged is what is saved
+    test, held = ({task: [row for row in rows if row["task"] == task] for task in TASKS}
+                  for rows in (list(dataset.read(folder, split)) for split in ("test", "held")))
+    scores, pictures = evaluate.evaluate(editor, test, held, TEST_SEED)
+    save_grid(workdir / "edits.png", test, pictures)
+    seconds["evaluate"] = time.time() - started
+
+    short = evaluate.missed(scores)
+    report = {"tasks": scores, "loss": _losses(workdir), "seconds": {k: round(v, 1) for k, v in seconds.items()},
+              "steps": config.steps, "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+              "seed": config.seed, "passed": not short, "missed": short}
+    (workdir / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    return report
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report's scores as text."""
+    head = f"{'task':<15}{'color':>7}{'shape':>7}{'held':>7}{'shuffled':>10}{'copy':>7}{'grey':>7}{'dB box':>8}{'dB copy':>9}"
+    lines = [head]
+    for task, row in report["tasks"].items():
+        lines.append(f"{task:<15}" + "".join(f"{value:>{width}.{digits}f}" for value, width, digits in (
+            (row["color_accuracy"], 7, 2), (row["shape_accuracy"], 7, 2), (row["held"]["color_accuracy"], 7, 2),
+            (row["shuffled_color_accuracy"], 10, 2), (row["copy_color_accuracy"], 7, 2),
+            (row["grey_color_accuracy"], 7, 2), (row["psnr_box"], 8, 1), (row["psnr_box_copy"], 9, 1))))
+    return "\n".join(lines)
+
+
+def _records(count: int, seed: int, split: str) -> Iterator[dataset.Record]:
+    for task in TASKS:
+        for sample in samples(count, task, seed, split):
+            detail = json.dumps([dataclasses.astuple(thing) for thing in sample.things])
+            yield dataset.record(sample.task, sample.prompt, sample.target, sample.image, sample.mask,
+                                 sample.references, detail)
+
+
+def _losses(workdir: epath.Path) -> dict[str, Any]:
+    """First and last averages of the run, and the last L_ref and L_tar."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    last = lines[-1]
+    return {"first": lines[0]["loss"], "last": last["loss"], "tar": last["L_tar"],
+            "ref": [value for name, value in sorted(last.items()) if name.startswith("L_ref/")]}
+

@@ -1,0 +1,191 @@
+"""The built-in pictures: coloured named symbols on public-domain photos, with the instruction that explains each.
+
+Photos come from the scikit-image wheel; only those whose docstrings there name CC0 or the public domain are used. The
+coffee cup is never trained on: every edit that the demo shows or scores is made on it.
+"""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Iterator
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+SIZE = 64
+GRID = 8  # boxes are snapped to the latent grid
+TEST_PHOTO = "coffee"
+PHOTOS = {  # name in prompts: skimage.data function
+    "person": "astronaut", "cat": "chelsea", "sky": "rocket", "stars": "hubble_deep_field", "eye": "retina",
+    "bricks": "brick", "grass": "grass", "gravel": "gravel", "coffee": "coffee"}
+COLORS = {
+    "red": (215, 35, 40), "orange": (250, 140, 20), "yellow": (250, 225, 60), "green": (40, 150, 70),
+    "blue": (40, 90, 220), "purple": (135, 55, 175), "pink": (255, 130, 190), "white": (245, 245, 245)}
+SHAPES = ("circle", "square", "triangle", "diamond", "star", "heart", "cross", "moon")
+HELD_PAIRS = frozenset({("heart", "blue"), ("star", "red"), ("circle", "purple"), ("square", "orange"),
+                        ("triangle", "green"), ("moon", "yellow")})  # (shape, color) never trained on
+TASKS = ("text", "insert", "recolor", "instruct", "reference", "two_references")
+REPAINTING = {"recolor": 0.0, "instruct": 0.0}  # what lies under the mask is seen; 1 elsewhere: hidden
+
+
+@dataclasses.dataclass(frozen=True)
+class Thing:
+    """A symbol in a picture: `box` is (top, left, side) in pixels."""
+
+    shape: str
+    color: str
+    box: tuple[int, int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """One training or test item. Pictures are [64, 64, 3] uint8, the mask [64, 64] uint8 with 255 = generate.
+
+    `image` is the picture to edit or None; `mask` None means the whole picture. `things` are the symbols the target
+    must show, in the order of the references.
+    """
+
+    task: str
+    prompt: str
+    target: np.ndarray
+    image: np.ndarray | None
+    mask: np.ndarray | None
+    references: tuple[np.ndarray, ...]
+    things: tuple[Thing, ...]
+
+
+@functools.lru_cache(maxsize=256)
+def silhouette(shape: str, side: int) -> np.ndarray:
+    """Coverage of a symbol in its box, [side, side] float32 in [0, 1], antialiased, one pixel of margin."""
+    scale = 8
+    canvas = Image.new("L", (side * scale, side * scale))
+    _draw(ImageDraw.Draw(canvas), shape, scale, (side - 1) * scale)
+    return np.asarray(canvas.resize((side, side), Image.Resampling.BOX), np.float32) / 255
+
+
+def _draw(draw: ImageDraw.ImageDraw, shape: str, low: float, high: float) -> None:
+    size, middle = high - low, (low + high) / 2
+
+    def polygon(points):  # points in the unit square, y down
+        draw.polygon([(low + x * size, low + y * size) for x, y in points], fill=255)
+
+    match shape:
+        case "circle":
+            draw.ellipse([low, low, high, high], fill=255)
+        case "square":
+            draw.rectangle([low + 0.06 * size, low + 0.06 * size, high - 0.06 * size, high - 0.06 * size], fill=255)
+        case "triangle":
+            polygon([(0.5, 0.02), (1, 0.95), (0, 0.95)])
+        case "diamond":
+            polygon([(0.5, 0), (0.9, 0.5), (0.5, 1), (0.1, 0.5)])
+        case "cross":
+            draw.rectangle([low, middle - 0.17 * size, high, middle + 0.17 * size], fill=255)
+            draw.rectangle([middle - 0.17 * size, low, middle + 0.17 * size, high], fill=255)
+        case "star":
+            turns = np.pi * np.arange(10) / 5
+            radius = np.where(np.arange(10) % 2, 0.23, 0.54)
+            polygon(zip(0.5 + radius * np.sin(turns), 0.54 - radius * np.cos(turns), strict=True))
+        case "heart":
+            t = np.linspace(0, 2 * np.pi, 60)
+            y = 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)
+            polygon(zip(0.5 + np.sin(t) ** 3 / 2, 0.44 - y / 30, strict=True))
+        case "moon":
+            draw.ellipse([low, low, high, high], fill=255)
+            draw.ellipse([low + 0.36 * size, low - 0.06 * size, high + 0.24 * size, high - 0.1 * size], fill=0)
+        case _:
+            raise ValueError(f"no symbol named {shape!r}")
+
+
+def paint(picture: np.ndarray, thing: Thing) -> np.ndarray:
+    """A copy of the picture with the symbol on it."""
+    top, left, side = thing.box
+    cover = silhouette(thing.shape, side)[..., None]
+    out = picture.copy()
+    window = out[top:top + side, left:left + side]
+    window[:] = np.rint(window * (1 - cover) + np.array(COLORS[thing.color], np.float32) * cover).astype(np.uint8)
+    return out
+
+
+@functools.lru_cache(maxsize=16)
+def photo(name: str) -> tuple[np.ndarray, ...]:
+    """A photo at three scales, [h, w, 3] uint8 with the short side 96, 144 and 216 pixels."""
+    from skimage import data
+
+    pixels = getattr(data, PHOTOS[name])()
+    pixels = pixels if pixels.ndim == 3 else np.repeat(pixels[..., None], 3, axis=-1)
+    picture = Image.fromarray(pixels[..., :3])
+    sizes = [tuple(round(side * short / min(picture.size)) for side in picture.size) for short in (96, 144, 216)]
+    return tuple(np.asarray(picture.resize(size, Image.Resampling.LANCZOS)) for size in sizes)
+
+
+def samples(count: int, task: str, seed: int, split: str = "train") -> Iterator[Sample]:
+    """`count` samples of a task, fixed by (task, seed, split).
+
+    Splits: "train" (training photos, no held-out pair), "test" (the test photo, trained pairs), "held" (the test
+    photo, held-out pairs only).
+    """
+    rng = np.random.default_rng([seed, TASKS.index(task), ("train", "test", "held").index(split)])
+    pairs = [pair for pair in itertools.product(SHAPES, COLORS) if (pair in HELD_PAIRS) == (split == "held")]
+    for _ in range(count):
+        yield _sample(rng, task, split, pairs)
+
+
+def _sample(rng: np.random.Generator, task: str, split: str, pairs: list[tuple[str, str]]) -> Sample:
+    def pick(options):
+        return options[rng.integers(len(options))]
+
+    def thing(box):
+        return Thing(*pick(pairs), box)
+
+    def box(side, left=0, right=SIZE):
+        return (GRID * int(rng.integers((SIZE - side) // GRID + 1)),
+                left + GRID * int(rng.integers((right - left - side) // GRID + 1)), side)
+
+    def crop(place):
+        picture = pick(photo(place))
+        top, left = (rng.integers(side - SIZE + 1) for side in picture.shape[:2])
+        window = picture[top:top + SIZE, left:left + SIZE]
+        return window[:, ::-1].copy() if rng.integers(2) else window.copy()
+
+    def reference(shown):
+        return paint(crop(pick(training)), dataclasses.replace(shown, box=box(int(pick((32, 40))))))
+
+    training = [name for name in PHOTOS if name != TEST_PHOTO]
+    place = pick(training) if split == "train" or task == "text" else TEST_PHOTO
+    background = crop(place)
+    image, references = background, ()
+    match task:
+        case "text":
+            things = (thing((16, 16, 32)),)
+            prompt = f"{_article(things[0].color)} {things[0].shape} on {place}"
+            image = None
+        case "insert":
+            things = (thing(box(int(pick((24, 32))))),)
+            prompt = f"{_article(things[0].color)} {things[0].shape}"
+        case "recolor" | "instruct":
+            things = (thing(box(int(pick((24, 32))))),)
+            others = [color for color in COLORS if color != things[0].color and (
+                split != "train" or (things[0].shape, color) not in HELD_PAIRS)]
+            image = paint(background, dataclasses.replace(things[0], color=pick(others)))
+            name = "it" if task == "recolor" else f"the {things[0].shape}"
+            prompt = f"make {name} {things[0].color}"
+        case "reference":
+            things = (thing(box(int(pick((24, 32))))),)
+            references = (reference(things[0]),)
+            prompt = f"this {things[0].shape}"
+        case "two_references":
+            half = SIZE // 2
+            things = (thing(box(int(pick((24, 32))), 0, half)), thing(box(int(pick((24, 32))), half, SIZE)))
+            references = tuple(reference(shown) for shown in things)
+            prompt = f"this {things[0].shape} and this {things[1].shape}"
+    target = functools.reduce(paint, things, background)
+    mask = None
+    if task not in ("text", "instruct"):
+        mask = np.zeros((SIZE, SIZE), np.uint8)
+        for top, left, side in (shown.box for shown in things):
+            mask[top:top + side, left:left + side] = 255
+    return Sample(task, prompt, target, image, mask, references, things)
+
+
+def _article(color: str) -> str:
+    return f"{'an' if color[0] in 'aeiou' else 'a'} {color}"

@@ -1,0 +1,48 @@
+"""The demo's own small weights: the transformer in BFL's layout and the autoencoder, with a note of how they came."""
+
+import json
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from safetensors.numpy import load_file, save_file
+
+from acejax.demo.surroundings import Autoencoder, decode_latents, encode_pictures, encode_prompts
+from acejax.edit.editor import Editor
+from acejax.errors import UserError
+from acejax.model.config import MMDiTConfig
+from acejax.weights.load import load_mmdit
+from acejax.weights.save import save_mmdit
+
+SHIPPED = epath.Path(__file__).parent / "weights"
+
+
+def save(folder: epath.PathLike, config: MMDiTConfig, params: Any, autoencoder: Autoencoder,
+         note: dict[str, Any]) -> None:
+    """Write `mmdit.safetensors` (bfloat16), `autoencoder.safetensors` and `weights.json` into a folder."""
+    folder = epath.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_mmdit(folder / "mmdit.safetensors", config, params, dtype="bfloat16")
+    save_file({name: np.asarray(value) for name, value in autoencoder.items()}, folder / "autoencoder.safetensors")
+    (folder / "weights.json").write_text(json.dumps(note | {"config": config.__dict__}, indent=2) + "\n")
+
+
+def load_editor(folder: epath.PathLike = SHIPPED, steps: int = 16) -> Editor:
+    """An editor with the weights in a folder.
+
+    Raises:
+      UserError: no such weights.
+    """
+    folder = epath.Path(folder)
+    if not (folder / "weights.json").exists():
+        raise UserError(f"{folder}: no demo weights there (weights.json, mmdit.safetensors, autoencoder.safetensors)")
+    config = MMDiTConfig(**json.loads((folder / "weights.json").read_text())["config"])
+    _, params = load_mmdit(folder / "mmdit.safetensors", config, dtype="float32")
+    return make_editor(config, params, load_file(folder / "autoencoder.safetensors"), steps)
+
+
+def make_editor(config: MMDiTConfig, params: Any, autoencoder: Autoencoder, steps: int) -> Editor:
+    """An editor in the demo's surroundings."""
+    return Editor(config, params, jax.jit(lambda pictures: encode_pictures(autoencoder, pictures)),
+                  jax.jit(lambda latents: decode_latents(autoencoder, latents)), encode_prompts, steps=steps)

@@ -1,0 +1,76 @@
+"""The editor: text and pictures in, pictures out. Encode once, sample as one compiled loop, decode, put back."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from acejax import flow, lcu
+from acejax.data.cache import EncodePictures, EncodePrompts, encode
+from acejax.data.canvas import Canvas, compose, denormalize
+from acejax.model.config import Execution, MMDiTConfig
+from acejax.model.mmdit import Tokens, apply
+
+
+class Editor:
+    """Edits pictures with a 448-channel model.
+
+    Args:
+      config, params: the transformer.
+      encode_pictures: pictures [B, 8h, 8w, 3] in [-1, 1] -> latents [B, h, w, 16].
+      decode_latents: the way back.
+      encode_prompts: prompts -> text [B, T, D] and pooled [B, P].
+      steps: Euler steps.
+      guidance: guidance scale, where the model has guidance.
+      execution: how the transformer is computed.
+    """
+
+    def __init__(self, config: MMDiTConfig, params: Any, encode_pictures: EncodePictures,
+                 decode_latents: Callable[[jax.Array], jax.Array], encode_prompts: EncodePrompts, *, steps: int = 16,
+                 guidance: float = 1.0, execution: Execution = Execution()):
+        self._params = params
+        self._encode = functools.partial(encode, encode_pictures=encode_pictures, encode_prompts=encode_prompts)
+        self._decode = decode_latents
+        self._sample = jax.jit(functools.partial(_sample, config, execution, steps, guidance))
+
+    def generate(self, canvases: Sequence[Canvas], prompts: Sequence[str], seed: int = 0) -> list[np.ndarray]:
+        """What the model makes of canvases of one size: the target units, [h, w, 3] uint8, masked or not.
+
+        A sample's noise depends on the seed and its place in the list.
+        """
+        features = {name: jnp.asarray(value) for name, value in self._encode(canvases, prompts).items()}
+        latents = self._sample(self._params, features, jax.random.key(seed))
+        target = latents[:, :, -(canvases[0].widths[-1] // lcu.CELL):]
+        return list(denormalize(self._decode(target)))
+
+    def __call__(self, prompt: str, image: np.ndarray | None = None, mask: np.ndarray | None = None,
+                 references: Sequence[np.ndarray] = (), *, size: tuple[int, int] | None = None, scale: float = 1.0,
+                 seed: int = 0) -> np.ndarray:
+        """One edit at the model's own size; outside the mask the picture is the input's.
+
+        Args:
+          image, mask, references, scale: as `acejax.data.canvas.compose`.
+          size: height and width of the result where there is no image.
+        """
+        canvas = compose(size if image is None else image.shape[:2], image, mask, references, scale=scale)
+        (result,) = self.generate([canvas], [prompt], seed)
+        return result if image is None or mask is None else np.where(mask[..., None] > 127, result, image)
+
+
+def _sample(config: MMDiTConfig, execution: Execution, steps: int, guidance: float, params: Any,
+            features: dict[str, jax.Array], key: jax.Array) -> jax.Array:
+    """Latents [B, h, w, 16] of the whole canvas."""
+    batch, height, width, channels = features["edit"].shape
+    keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(batch))
+    noise = jax.vmap(lambda k: jax.random.normal(k, (height, width, channels)))(keys)
+    full = jnp.full((batch,), guidance) if config.guidance_embed else None
+
+    def velocity(latents, sigma):
+        image, positions = lcu.pack(latents, features["edit"], features["mask"], features["modify"])
+        tokens = Tokens(image, positions, features["text"], features["pooled"], jnp.full((batch,), sigma), full)
+        return lcu.unpack(apply(config, params, tokens, execution=execution), height, width)
+
+    return flow.euler(velocity, noise, flow.schedule(steps, height * width // lcu.PATCH**2))

@@ -1,0 +1,105 @@
+"""Velocity matching: noise levels, interpolation, loss with its exact split, sampling schedule, Euler sampler.
+
+Convention (FLUX, scepter `FlowMatchFluxShiftScheduler`): x_sigma = (1 - sigma) x0 + sigma noise and the network
+predicts v = noise - x0, with sigma as its time. The paper's t and u are 1 - sigma and -v.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def sample_sigma(key: jax.Array, shape: tuple[int, ...], shift: float = 0.0) -> jax.Array:
+    """Training noise levels, logit-normal(shift, 1), float32 in (0, 1).
+
+    ACE++ trains with shift 0; it draws from a table of 998 such values fixed at start (ace_plus_ldm.py,
+    `PRE_T_SAMPLE`), ours are fresh ones of the same distribution. A positive shift gives more time to high noise, as
+    `schedule` does when sampling: small pictures of little detail show their content early.
+    """
+    return jax.nn.sigmoid(jax.random.normal(key, shape, jnp.float32) + shift)
+
+
+def interpolate(x0: jax.Array, noise: jax.Array, sigma: jax.Array) -> jax.Array:
+    """x_sigma for x0 and noise [B, ...] and sigma [B]."""
+    sigma = sigma.reshape(-1, *(1,) * (x0.ndim - 1))
+    return (1 - sigma) * x0 + sigma * noise
+
+
+def target(x0: jax.Array, noise: jax.Array) -> jax.Array:
+    """The velocity to match."""
+    return noise - x0
+
+
+def loss(velocity: jax.Array, expected: jax.Array, units: jax.Array, task: jax.Array | None = None,
+         tasks: int = 0) -> tuple[jax.Array, dict[str, Any]]:
+    """Mean squared velocity error over all weighted elements of the batch, and the parts it is made of.
+
+    With weights of 0 and 1 this is the reference's element mean (ACE_plus `ace_plus_ldm.py`): bigger pictures weigh
+    more, and references, kept and generated areas alike. The paper's L_ref + L_tar is a sum; here
+    `loss = sum(fraction * [*ref, tar])` exactly, and also `loss = sum(task_fraction * task)`.
+
+    Args:
+      velocity, expected: [B, S, 64].
+      units: weight of each element in each unit, target last: [B, S, 1 or 64, units], 0 on padded tokens
+        (`acejax.lcu.membership`; fractions where a seam cuts a latent pixel).
+      task: [B] int32 task of each sample, with `tasks` their number; for the per-task losses.
+
+    Returns:
+      The loss (float32 scalar) and parts: `ref` [units - 1], `tar`, `fraction` [units], `task` [tasks],
+      `task_fraction` [tasks]. A unit or task that is absent has loss 0 and fraction 0.
+    """
+    squared = jnp.square(velocity.astype(jnp.float32) - expected.astype(jnp.float32))
+    repeats = squared.shape[-1] // units.shape[-2]
+    squared = squared.reshape(*squared.shape[:2], -1, repeats).sum(-1) if repeats > 1 else squared
+    errors = jnp.einsum("bsf,bsfu->bu", squared, units)
+    counts = repeats * units.sum((1, 2))  # [B, units]
+
+    total = jnp.maximum(counts.sum(), 1e-9)
+    by_unit = _ratio(errors.sum(0), counts.sum(0))
+    parts = {"ref": by_unit[:-1], "tar": by_unit[-1], "fraction": counts.sum(0) / total}
+    if task is not None:
+        member = jax.nn.one_hot(task, tasks).T  # [tasks, B]
+        parts["task"] = _ratio(member @ errors.sum(1), member @ counts.sum(1))
+        parts["task_fraction"] = member @ counts.sum(1) / total
+    return errors.sum() / total, parts
+
+
+def _ratio(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
+    """numerator / denominator, 0 where there is nothing."""
+    return jnp.where(denominator > 0, numerator / jnp.where(denominator > 0, denominator, 1), 0)
+
+
+def schedule(steps: int, seq_len: int) -> jax.Array:
+    """Sampling noise levels [steps + 1], float32, from 1 down to 0.
+
+    Shifted towards high noise by the number of image tokens of the whole canvas, references included (BFL
+    `sampling.py` `get_schedule`: mu runs linearly from 0.5 at 256 tokens to 1.15 at 4,096, not clamped).
+    """
+    if steps < 1:
+        raise ValueError(f"a schedule needs at least one step; found {steps}")
+    mu = 0.5 + (1.15 - 0.5) * (seq_len - 256) / (4096 - 256)
+    tau = np.linspace(1, 0, steps + 1)
+    return jnp.asarray(np.exp(mu) * tau / (1 + (np.exp(mu) - 1) * tau), jnp.float32)
+
+
+def euler(velocity_fn: Callable[[jax.Array, jax.Array], jax.Array], noise: jax.Array, sigmas: jax.Array) -> jax.Array:
+    """Integrate from noise to data as one scan.
+
+    Args:
+      velocity_fn: (latents, sigma) -> velocity of the latents' shape; sigma is a float32 scalar.
+      noise: the latents at sigmas[0].
+      sigmas: [steps + 1], from `schedule`.
+
+    Returns:
+      The latents at sigmas[-1], in noise's dtype.
+    """
+    def step(latents, pair):
+        sigma, following = pair
+        velocity = velocity_fn(latents, sigma)
+        return (latents + (following - sigma) * velocity).astype(noise.dtype), None
+
+    latents, _ = jax.lax.scan(step, noise, (sigmas[:-1], sigmas[1:]))
+    return latents

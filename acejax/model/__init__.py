@@ -1,0 +1,1 @@
+"""The networks: pure `init` and `apply` functions over plain trees of arrays."""

@@ -1,0 +1,71 @@
+"""One attention call with several implementations.
+
+Padding is always a suffix: text is never masked and an image is padded at its end, so `lengths` (valid keys of each
+sample, a prefix) replaces the [B, S, S] mask of ACE_plus `modules/flux.py`; both agree on every valid token. What
+padded queries return is finite and meaningless.
+"""
+
+import jax
+import jax.numpy as jnp
+
+LONG = 1024  # tokens above which "auto" goes by query chunks
+CHUNK = 512
+SPLASH_BLOCK = 128
+
+
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array | None = None,
+              implementation: str = "auto") -> jax.Array:
+    """softmax(q k^T / sqrt(head_dim)) v over the first `lengths` keys.
+
+    Args:
+      q, k, v: [B, S, heads, head_dim].
+      lengths: [B] int32 valid keys of each sample, or None when all are valid.
+      implementation: "xla" (plain; S x S logits in memory), "xla_chunked" (query chunks, recomputed in the backward
+        pass), "cudnn" (GPU, float16 / bfloat16), "splash" (TPU Pallas kernel), or "auto": by length alone.
+
+    Returns:
+      [B, S, heads, head_dim] in q's dtype.
+    """
+    if implementation == "auto":
+        implementation = "xla" if q.shape[1] <= LONG else "xla_chunked"
+    return _IMPLEMENTATIONS[implementation](q, k, v, lengths)
+
+
+def _xla(q, k, v, lengths):
+    return jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=lengths, implementation="xla")
+
+
+def _cudnn(q, k, v, lengths):
+    return jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=lengths, implementation="cudnn")
+
+
+def _xla_chunked(q, k, v, lengths):
+    """Plain attention over one chunk of queries at a time; the backward pass recomputes a chunk's logits."""
+    batch, size, heads, dim = q.shape
+    chunks = -(-size // CHUNK)
+    q = jnp.pad(q, ((0, 0), (0, chunks * CHUNK - size), (0, 0), (0, 0)))
+    q = q.reshape(batch, chunks, CHUNK, heads, dim).swapaxes(0, 1)
+    out = jax.lax.map(jax.checkpoint(lambda chunk: _xla(chunk, k, v, lengths)), q)
+    return out.swapaxes(0, 1).reshape(batch, chunks * CHUNK, heads, dim)[:, :size]
+
+
+def _splash(q, k, v, lengths):
+    """TPU kernel; padded and invalid keys are kept apart by segment ids. Queries come scaled, heads before tokens."""
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    batch, size, heads, dim = q.shape
+    padded = -(-size // SPLASH_BLOCK) * SPLASH_BLOCK
+    lengths = jnp.full((batch,), size, jnp.int32) if lengths is None else lengths
+    valid = jnp.arange(padded) < lengths[:, None]
+    segments = splash.SegmentIds(q=jnp.ones((batch, padded), jnp.int32), kv=valid.astype(jnp.int32))
+    mask = splash.MultiHeadMask([splash.FullMask((padded, padded))] * heads)
+    kernel = splash.make_splash_mha(mask, head_shards=1, q_seq_shards=1)
+
+    def layout(x):
+        return jnp.pad(x, ((0, 0), (0, padded - size), (0, 0), (0, 0))).swapaxes(1, 2)
+
+    out = jax.vmap(kernel)(layout(q * dim**-0.5), layout(k), layout(v), segments)
+    return out.swapaxes(1, 2)[:, :size]
+
+
+_IMPLEMENTATIONS = {"xla": _xla, "xla_chunked": _xla_chunked, "cudnn": _cudnn, "splash": _splash}

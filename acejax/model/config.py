@@ -1,0 +1,112 @@
+"""What a model is (`MMDiTConfig`) and, apart from it, how it is computed (`Execution`)."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+ATTENTION = ("auto", "xla", "xla_chunked", "cudnn", "splash")
+REMAT = ("none", "full", "attention")
+
+
+@dataclasses.dataclass(frozen=True)
+class MMDiTConfig:
+    """Geometry of a FLUX / ACE++ transformer; field names are FLUX's own.
+
+    `in_channels` is the width of an image token and tells the variant: 64 (FLUX.1-dev: noisy latent), 384 (Fill and
+    ACE++ LoRA: noisy, edit, mask) or 448 (ACE++ FFT: noisy, edit, modify, mask).
+
+    Raises:
+      ValueError: heads that do not divide the width, or rope axes that do not fill a head.
+    """
+
+    in_channels: int = 448
+    out_channels: int = 64
+    hidden_size: int = 3072
+    num_heads: int = 24
+    depth: int = 19
+    depth_single_blocks: int = 38
+    mlp_ratio: float = 4.0
+    axes_dim: tuple[int, ...] = (16, 56, 56)
+    theta: int = 10_000
+    context_in_dim: int = 4096
+    vec_in_dim: int = 768
+    guidance_embed: bool = True
+
+    def __post_init__(self):
+        object.__setattr__(self, "axes_dim", tuple(self.axes_dim))
+        if self.hidden_size % self.num_heads:
+            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
+        if sum(self.axes_dim) != self.head_dim or any(dim % 2 for dim in self.axes_dim):
+            raise ValueError(f"axes_dim {self.axes_dim} must be even numbers that add up to the head size {self.head_dim}")
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def mlp_size(self) -> int:
+        return int(self.hidden_size * self.mlp_ratio)
+
+    @classmethod
+    def flux_dev(cls) -> "MMDiTConfig":
+        return cls(in_channels=64)
+
+    @classmethod
+    def flux_fill(cls) -> "MMDiTConfig":
+        return cls(in_channels=384)
+
+    @classmethod
+    def ace_plus_lora(cls) -> "MMDiTConfig":
+        """The released ACE++ LoRAs sit on FLUX.1-Fill-dev unchanged."""
+        return cls.flux_fill()
+
+    @classmethod
+    def ace_plus_fft(cls) -> "MMDiTConfig":
+        return cls(in_channels=448)
+
+    @classmethod
+    def tiny(cls, **changes: Any) -> "MMDiTConfig":
+        """A model for tests and the demo: the same code and tree, about 1.5 M parameters."""
+        tiny = cls(hidden_size=128, num_heads=4, depth=1, depth_single_blocks=3, axes_dim=(4, 14, 14),
+                   context_in_dim=64, vec_in_dim=64)
+        return dataclasses.replace(tiny, **changes)
+
+
+def keep(x: jax.Array, kind: str) -> jax.Array:
+    """The default `Execution.constrain`: leave the activation where the compiler puts it."""
+    del kind
+    return x
+
+
+@dataclasses.dataclass(frozen=True)
+class Execution:
+    """How a model is computed. It changes speed, memory and rounding, never what the parameters mean.
+
+    Attributes:
+      dtype: dtype of activations and matrix products; parameters are cast to it where they are used.
+      attention: an implementation of `acejax.model.attention`. "auto" goes by the number of tokens alone ("xla" up
+        to 1,024, "xla_chunked" above), so that a program compiled ahead of time does not depend on the host's device;
+        `for_platform` names the fast kernel of a GPU or TPU.
+      remat: what the backward pass recomputes: "none" (keep all), "full" (keep block inputs), "attention" (keep block
+        inputs and attention outputs).
+      constrain: `f(x, kind)` pins an activation's sharding; kind is "hidden" [B, S, D] or "heads" [B, S, H, head_dim].
+    """
+
+    dtype: Any = jnp.float32
+    attention: str = "auto"
+    remat: str = "none"
+    constrain: Callable[[jax.Array, str], jax.Array] = keep
+
+    def __post_init__(self):
+        for field, known in (("attention", ATTENTION), ("remat", REMAT)):
+            if getattr(self, field) not in known:
+                raise ValueError(f"Execution.{field} is {getattr(self, field)!r}; known: {', '.join(known)}")
+
+    @classmethod
+    def for_platform(cls, platform: str, **changes: Any) -> "Execution":
+        """The fast setting of "gpu", "tpu" or "cpu" (as `jax.default_backend()` names them)."""
+        fast = {"gpu": dict(dtype=jnp.bfloat16, attention="cudnn"), "tpu": dict(dtype=jnp.bfloat16, attention="splash")}
+        return cls(**(fast.get(platform, {}) | changes))

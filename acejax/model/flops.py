@@ -1,0 +1,64 @@
+"""FLOPs of the transformer in closed form: 2 for each multiply-add of a matrix product, nothing for the rest.
+
+The formulas are the architecture's own (`acejax.model.mmdit`). They are needed because XLA's `cost_analysis` counts
+the body of a scan once and a kernel such as cuDNN's or splash not at all.
+"""
+
+import dataclasses
+
+from acejax.model.config import MMDiTConfig
+from acejax.model.mmdit import TIME_CHANNELS
+
+
+@dataclasses.dataclass(frozen=True)
+class Flops:
+    """FLOPs of one forward pass by part.
+
+    Attributes:
+      linear: qkv, output projection and MLP of every block; grows with the tokens.
+      attention: q k^T and its product with v in every block, unmasked; grows with the tokens squared.
+      modulation: adaLN of every block and of the output layer, once a sample.
+      embedding: time, guidance and pooled text embedders, once a sample.
+      io: image and text tokens into the model's width, image tokens out of it.
+    """
+
+    linear: int
+    attention: int
+    modulation: int
+    embedding: int
+    io: int
+
+    @property
+    def total(self) -> int:
+        return self.linear + self.attention + self.modulation + self.embedding + self.io
+
+
+def forward(config: MMDiTConfig, text: int, image: int, batch: int = 1) -> Flops:
+    """FLOPs of one `acejax.apply` over `batch` samples of `text` and `image` tokens, padding included.
+
+    With N = text + image, D = hidden_size, M = mlp_size and L = depth + depth_single_blocks:
+
+        linear      2 L N (4 D^2 + 2 D M)      a single block's weights are those of a double block's stream
+        attention   4 L N^2 D
+        modulation  2 D^2 (12 depth + 3 depth_single_blocks + 2)
+        embedding   2 sum over embedders (in D + D^2), in = 256 (time, guidance) or vec_in_dim
+        io          2 D (image (in_channels + out_channels) + text context_in_dim)
+    """
+    width, tokens, blocks = config.hidden_size, text + image, config.depth + config.depth_single_blocks
+    embedders = [TIME_CHANNELS] * (1 + config.guidance_embed) + [config.vec_in_dim]
+    return Flops(
+        linear=batch * 2 * blocks * tokens * (4 * width**2 + 2 * width * config.mlp_size),
+        attention=batch * 4 * blocks * tokens**2 * width,
+        modulation=batch * 2 * width**2 * (12 * config.depth + 3 * config.depth_single_blocks + 2),
+        embedding=batch * 2 * sum(features * width + width**2 for features in embedders),
+        io=batch * 2 * width * (image * (config.in_channels + config.out_channels) + text * config.context_in_dim),
+    )
+
+
+def training_step(config: MMDiTConfig, text: int, image: int, batch: int = 1) -> int:
+    """Model FLOPs of a full training step, the numerator of MFU: 3 x forward.
+
+    The backward pass is two products for each one of the forward pass. By the usual convention what remat recomputes
+    does not count, and the few input gradients that nothing needs (of tokens and sinusoids) do.
+    """
+    return 3 * forward(config, text, image, batch).total

@@ -1,0 +1,261 @@
+"""The FLUX MMDiT with ACE++ inputs: `init` and `apply` over a plain nested dict of arrays.
+
+Two scanned stacks: double blocks (text and image streams with their own weights, joint attention) and single blocks
+(one stream). Formulas: black-forest-labs/flux `model.py` and `modules/layers.py`; padding: ACE_plus `modules/flux.py`.
+
+The tree differs from BFL's in storage only. `qkv` is one leaf [layers, in, 3, heads, head_dim]; a single block's
+`linear1` is kept as `qkv` and `mlp_in`, its `linear2` as `proj` and `mlp_out`, with the names of the double blocks.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from acejax.model.attention import attention
+from acejax.model.config import Execution, MMDiTConfig
+from acejax.model.dense import Dense
+from acejax.model.rope import apply_rope, rotations
+
+Params = dict[str, Any]
+TIME_CHANNELS = 256
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    """What the transformer sees.
+
+    Attributes:
+      image: [B, S, in_channels], from `acejax.lcu.pack`.
+      positions: [B, S, 3] int32 grid positions of the image tokens (text sits at 0).
+      text: [B, T, context_in_dim] text features; never masked, as FLUX.
+      pooled: [B, vec_in_dim] pooled text feature.
+      sigma: [B] float32 noise level in [0, 1].
+      guidance: [B] guidance scale (1 in training, up to 50 when editing), or None for a model without guidance.
+      lengths: [B] int32 valid image tokens (a prefix of S), or None when all are valid.
+    """
+
+    image: jax.Array
+    positions: jax.Array
+    text: jax.Array
+    pooled: jax.Array
+    sigma: jax.Array
+    guidance: jax.Array | None = None
+    lengths: jax.Array | None = None
+
+
+def timestep_embedding(t: jax.Array) -> jax.Array:
+    """[B] numbers -> [B, 256] float32: cos, then sin, of 1000 t at 128 log-spaced frequencies (BFL `layers.py`)."""
+    half = TIME_CHANNELS // 2
+    frequencies = jnp.exp(-math.log(10_000) * jnp.arange(half, dtype=jnp.float32) / half)
+    angles = 1000.0 * t.astype(jnp.float32)[:, None] * frequencies
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+def modulated_norm(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
+    """LayerNorm without affine, then (1 + scale) x + shift; float32 inside, x's dtype back."""
+    x32 = x.astype(jnp.float32)
+    x32 = x32 - x32.mean(-1, keepdims=True)
+    x32 = x32 * jax.lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + 1e-6)
+    return ((1 + scale.astype(jnp.float32)) * x32 + shift.astype(jnp.float32)).astype(x.dtype)
+
+
+def rms_norm(x: jax.Array, scale: jax.Array) -> jax.Array:
+    """Per-head RMSNorm in float32; cast back before the scale, as the reference."""
+    x32 = x.astype(jnp.float32)
+    x32 = x32 * jax.lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + 1e-6)
+    return x32.astype(x.dtype) * scale.astype(x.dtype)
+
+
+gelu = functools.partial(nn.gelu, approximate=True)
+
+
+class Stream(nn.Module):
+    """The weights of one residual stream in one block, in two steps: before and after attention.
+
+    A double block's stream modulates attention and MLP apart (6 vectors) and runs the MLP on what attention made; a
+    single block (`parallel`) shares 3 vectors and runs both beside each other.
+    """
+
+    config: MMDiTConfig
+    execution: Execution
+    parallel: bool = False
+
+    def setup(self):
+        c, dtype = self.config, self.execution.dtype
+        self.modulation = Dense((3 if self.parallel else 6, c.hidden_size), dtype, zero=True)
+        self.qkv = Dense((3, c.num_heads, c.head_dim), dtype)
+        self.query_norm = Scale(c.head_dim)
+        self.key_norm = Scale(c.head_dim)
+        self.proj = Dense((c.hidden_size,), dtype)
+        self.mlp_in = Dense((c.mlp_size,), dtype)
+        self.mlp_out = Dense((c.hidden_size,), dtype, use_bias=not self.parallel)  # linear2 has one bias: proj's
+
+    def before(self, x: jax.Array, vec: jax.Array):
+        """x [B, S, D], vec [B, D] -> (q, k, v), each [B, S, heads, head_dim], and what `after` needs."""
+        shift, scale, *rest = jnp.split(self.modulation(nn.silu(vec))[:, :, None], 3 if self.parallel else 6, axis=1)
+        y = modulated_norm(x, shift[:, 0], scale[:, 0])
+        q, k, v = (self.execution.constrain(part, "heads") for part in jnp.moveaxis(self.qkv(y), -3, 0))
+        return (self.query_norm(q), self.key_norm(k), v), (x, y, [part[:, 0] for part in rest])
+
+    def after(self, attended: jax.Array, kept) -> jax.Array:
+        """attended [B, S, heads, head_dim] -> the stream's new value [B, S, D]."""
+        x, y, modulation = kept
+        attended = self.proj(attended.reshape(x.shape))
+        if self.parallel:
+            (gate,) = modulation
+            return x + gate * (attended + self.mlp_out(gelu(self.mlp_in(y))))
+        gate, shift, scale, mlp_gate = modulation
+        x = x + gate * attended
+        return x + mlp_gate * self.mlp_out(gelu(self.mlp_in(modulated_norm(x, shift, scale))))
+
+
+class Scale(nn.Module):
+    """The learned scale of a query or key norm."""
+
+    size: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return rms_norm(x, self.param("scale", nn.initializers.ones, (self.size,), jnp.float32))
+
+
+def attend(qkv, rope, lengths, execution: Execution) -> jax.Array:
+    """Joint attention of q, k, v over all their tokens, positions applied; named so that remat can keep it."""
+    q, k, v = qkv
+    attended = attention(apply_rope(q, *rope), apply_rope(k, *rope), v, lengths, execution.attention)
+    return checkpoint_name(execution.constrain(attended, "heads"), "attention")
+
+
+class DoubleBlock(nn.Module):
+    """Text and image streams with their own weights, one joint attention; text comes first."""
+
+    config: MMDiTConfig
+    execution: Execution
+
+    @nn.compact
+    def __call__(self, streams, vec, rope, lengths):
+        text, image = (self.execution.constrain(x, "hidden") for x in streams)
+        text_stream = Stream(self.config, self.execution, name="txt")
+        image_stream = Stream(self.config, self.execution, name="img")
+        text_qkv, text_kept = text_stream.before(text, vec)
+        image_qkv, image_kept = image_stream.before(image, vec)
+        qkv = [jnp.concatenate(pair, axis=1) for pair in zip(text_qkv, image_qkv, strict=True)]
+        attended = attend(qkv, rope, lengths, self.execution)
+        text, image = (self.execution.constrain(x, "hidden") for x in (
+            text_stream.after(attended[:, :text.shape[1]], text_kept),
+            image_stream.after(attended[:, text.shape[1]:], image_kept)))
+        return (text, image), None
+
+
+class SingleBlock(Stream):
+    """One stream over text and image together; attention and MLP side by side."""
+
+    parallel: bool = True
+
+    def __call__(self, x, vec, rope, lengths):
+        qkv, kept = self.before(self.execution.constrain(x, "hidden"), vec)
+        x = self.after(attend(qkv, rope, lengths, self.execution), kept)
+        return self.execution.constrain(x, "hidden"), None
+
+
+class Embedder(nn.Module):
+    """Linear, SiLU, linear: lifts a time, guidance or pooled text feature to the model's width."""
+
+    config: MMDiTConfig
+    execution: Execution
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        width = (self.config.hidden_size,)
+        x = nn.silu(Dense(width, self.execution.dtype, name="in_layer")(x))
+        return Dense(width, self.execution.dtype, name="out_layer")(x)
+
+
+class FinalLayer(nn.Module):
+    """adaLN with (shift, scale), then the projection to velocity tokens."""
+
+    config: MMDiTConfig
+    execution: Execution
+
+    @nn.compact
+    def __call__(self, x: jax.Array, vec: jax.Array) -> jax.Array:
+        c, dtype = self.config, self.execution.dtype
+        shift, scale = jnp.split(
+            Dense((2, c.hidden_size), dtype, zero=True, name="modulation")(nn.silu(vec)), 2, axis=1)
+        return Dense((c.out_channels,), dtype, zero=True, name="linear")(modulated_norm(x, shift, scale))
+
+
+class MMDiT(nn.Module):
+    """The Linen module behind `init` and `apply`."""
+
+    config: MMDiTConfig
+    execution: Execution = Execution()
+
+    @nn.compact
+    def __call__(self, tokens: Tokens) -> jax.Array:
+        c, e = self.config, self.execution
+        embed = functools.partial(Embedder, c, e)
+        vec = embed(name="time_in")(timestep_embedding(tokens.sigma)) + embed(name="vector_in")(tokens.pooled)
+        if c.guidance_embed:
+            vec = vec + embed(name="guidance_in")(timestep_embedding(tokens.guidance))
+        image = Dense((c.hidden_size,), e.dtype, name="img_in")(tokens.image)
+        text = Dense((c.hidden_size,), e.dtype, name="txt_in")(tokens.text)
+        text_size = text.shape[1]
+
+        positions = jnp.pad(tokens.positions, ((0, 0), (text_size, 0), (0, 0)))
+        rope = rotations(positions, c.axes_dim, c.theta)
+        lengths = None if tokens.lengths is None else text_size + tokens.lengths
+        (text, image), _ = _stack(DoubleBlock, c, e, c.depth, "double_blocks")((text, image), vec, rope, lengths)
+        x = jnp.concatenate([text, image], axis=1)
+        x, _ = _stack(SingleBlock, c, e, c.depth_single_blocks, "single_blocks")(x, vec, rope, lengths)
+        return FinalLayer(c, e, name="final_layer")(x[:, text_size:], vec)
+
+
+def _stack(block, config: MMDiTConfig, execution: Execution, length: int, name: str):
+    """`length` blocks as one scan: stacked parameters, one compiled body."""
+    if execution.remat != "none":
+        policy = {"full": None, "attention": jax.checkpoint_policies.save_only_these_names("attention")}
+        block = nn.remat(block, policy=policy[execution.remat], prevent_cse=False)  # False: inside a scan
+    stack = nn.scan(block, length=length, in_axes=nn.broadcast, variable_axes={"params": 0},
+                    split_rngs={"params": True})
+    return stack(config, execution, name=name)
+
+
+def example(config: MMDiTConfig, batch: int = 1, image: int = 4, text: int = 1, dtype: Any = jnp.float32) -> Tokens:
+    """Abstract tokens of the right shapes, for `init`, `jax.eval_shape` and ahead-of-time compiles."""
+    def array(*shape, dtype=dtype):
+        return jax.ShapeDtypeStruct((batch, *shape), dtype)
+    return Tokens(array(image, config.in_channels), array(image, 3, dtype=jnp.int32), array(text, config.context_in_dim),
+                  array(config.vec_in_dim), array(dtype=jnp.float32), array(dtype=jnp.float32), array(dtype=jnp.int32))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def init(config: MMDiTConfig, key: jax.Array) -> Params:
+    """Random float32 parameters as a plain nested dict; modulation and output start at zero (adaLN-zero)."""
+    tokens = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), example(config))
+    return MMDiT(config).init(key, tokens)["params"]
+
+
+def apply(config: MMDiTConfig, params: Params, tokens: Tokens, *, execution: Execution = Execution()) -> jax.Array:
+    """The velocity [B, S, out_channels] of the image tokens, in `execution.dtype`.
+
+    A pure function of `params` and `tokens`; `config` and `execution` are static (hashable).
+
+    Raises:
+      ValueError: tokens whose channels are not the config's.
+    """
+    for field, found, expected in (("image", tokens.image.shape[-1], config.in_channels),
+                                   ("text", tokens.text.shape[-1], config.context_in_dim),
+                                   ("pooled", tokens.pooled.shape[-1], config.vec_in_dim)):
+        if found != expected:
+            raise ValueError(f"tokens.{field} has {found} channels, the config expects {expected}")
+    if config.guidance_embed and tokens.guidance is None:
+        raise ValueError("tokens.guidance is None, but the config has guidance_embed")
+    return MMDiT(config, execution).apply({"params": params}, tokens)

@@ -1,0 +1,34 @@
+"""The device mesh: four named axes, always all of them, so that rules and specs can name any."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import jax
+from jax.sharding import AxisType, Mesh
+
+from acejax.errors import UserError
+
+AXES = ("data", "fsdp", "tensor", "seq")
+
+
+def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh over all devices, or those given.
+
+    Args:
+      shape: size of each axis; one may be -1 (what is left), an axis not named is 1. Default: all devices on `data`.
+
+    Raises:
+      UserError: an unknown axis, or sizes that do not make the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    shape = dict(shape or {"data": -1})
+    unknown = set(shape) - set(AXES)
+    if unknown:
+        raise UserError(f"mesh: unknown axis {', '.join(sorted(unknown))}; the axes are {', '.join(AXES)}")
+    sizes = [shape.get(axis, 1) for axis in AXES]
+    fixed = math.prod(size for size in sizes if size != -1)
+    if sizes.count(-1) == 1 and fixed > 0 and len(devices) % fixed == 0:
+        sizes[sizes.index(-1)] = len(devices) // fixed
+    if math.prod(sizes) != len(devices) or min(sizes) < 1:
+        raise UserError(f"mesh: {shape} does not make up the {len(devices)} devices at hand")
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)

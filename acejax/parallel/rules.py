@@ -1,0 +1,71 @@
+"""Where arrays live on the mesh: ordered (regex, spec) rules over the paths of plain trees.
+
+One rule set serves parameters, optimizer state and anything else whose paths end in the same names. A spec names the
+trailing axes of a leaf, so stacked leaves [layers, in, out] need no rule of their own.
+"""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from acejax.errors import UserError
+
+RULES = (
+    (r"qkv/kernel$", ("fsdp", None, "tensor", None)),  # [in, 3, heads, head_dim]
+    (r"qkv/bias$", (None, "tensor", None)),
+    (r"modulation/kernel$", ("fsdp", None, "tensor")),  # [in, 6 or 3, hidden]
+    (r"(proj|mlp_out|out_layer)/kernel$", ("tensor", "fsdp")),
+    (r"mlp_in/bias$", ("tensor",)),
+    (r"kernel$", ("fsdp", "tensor")),
+    (r"", ()),
+)
+BATCH_AXES = ("data", "fsdp")
+
+
+def path_of(keys: tuple[Any, ...]) -> str:
+    """A tree path as "double_blocks/img/qkv/kernel"."""
+    return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in keys)
+
+
+def shardings(tree: Any, mesh: Mesh) -> Any:
+    """A NamedSharding for each leaf (array or ShapeDtypeStruct) by the first rule that matches its path.
+
+    An axis that does not divide its dimension is left out, so tiny models run on any mesh.
+    """
+    def place(keys, leaf):
+        path = path_of(keys)
+        spec = next(spec for pattern, spec in RULES if re.search(pattern, path))
+        if len(spec) > leaf.ndim:
+            return NamedSharding(mesh, P())
+        spec = (None,) * (leaf.ndim - len(spec)) + spec
+        fits = (axis if axis and size % mesh.shape[axis] == 0 else None
+                for axis, size in zip(spec, leaf.shape, strict=True))
+        return NamedSharding(mesh, P(*fits))
+
+    return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Samples over the data and fsdp axes."""
+    return NamedSharding(mesh, P(BATCH_AXES))
+
+
+def check_batch(mesh: Mesh, batch_size: int) -> None:
+    """Raises UserError when the mesh does not divide a batch of this many samples."""
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    if batch_size % parts:
+        raise UserError(f"batch size {batch_size} is not a multiple of data x fsdp = {parts} of the mesh")
+
+
+def constrain(mesh: Mesh) -> Callable[[jax.Array, str], jax.Array]:
+    """The `Execution.constrain` of a mesh: batch axes everywhere, sequence at block edges, heads over `tensor`."""
+    specs = {"hidden": P(BATCH_AXES, "seq", None), "heads": P(BATCH_AXES, None, "tensor", None)}
+
+    def pin(x: jax.Array, kind: str) -> jax.Array:
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, specs[kind]))
+
+    return pin

@@ -1,0 +1,128 @@
+"""The training loop, top to bottom: mesh, state, compiled steps, batches, checkpoints, metrics."""
+
+import concurrent.futures
+import functools
+import sys
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from etils import epath
+from tqdm import tqdm
+
+from acejax.checkpoint import Checkpoints, claim
+from acejax.data.stream import Stream
+from acejax.errors import UserError
+from acejax.model.config import Execution, MMDiTConfig
+from acejax.parallel import mesh as meshes
+from acejax.parallel import rules
+from acejax.train.metrics import Writer, summarize
+from acejax.train.optimizer import make_optimizer
+from acejax.train.step import StepConfig, TrainState, init_state, train_step
+
+FREE = ("execution", "mesh", "log_every", "checkpoint_every", "keep_checkpoints")  # how, not what
+
+
+def model_config(config: ml_collections.ConfigDict) -> MMDiTConfig:
+    """The model of a run.
+
+    Raises:
+      UserError: a field that is not the model's, or values that do not make a model.
+    """
+    try:
+        return MMDiTConfig(**config.model)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"config.model: {error}") from error
+
+
+def execution_of(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> Execution:
+    """How a run is computed on its mesh."""
+    try:
+        return Execution(jnp.dtype(config.execution.dtype), config.execution.attention, config.execution.remat,
+                         rules.constrain(mesh))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"config.execution: {error}") from error
+
+
+def train(config: ml_collections.ConfigDict, workdir: epath.PathLike, stream: Stream,
+          until: int | None = None) -> tuple[TrainState, dict[str, float]]:
+    """Train to `config.steps`, taking up what the workdir holds.
+
+    Args:
+      config: see `configs/demo.py`.
+      workdir: gets config.json, checkpoints/, metrics.jsonl and TensorBoard files.
+      stream: the batch of each step.
+      until: stop after this step as if interrupted (the schedule stays that of the whole run).
+
+    Returns:
+      The final state and seconds spent: compile, train.
+
+    Raises:
+      UserError: a workdir of another config, a mesh or batch that does not fit.
+    """
+    mesh = meshes.make_mesh(config.mesh)
+    for size in stream.batch_sizes.values():
+        rules.check_batch(mesh, size)
+    claim(workdir, config.to_dict(), FREE)
+    setting = StepConfig(model_config(config), execution_of(config, mesh), stream.references, len(stream.tasks),
+                         config.loss.mask_weight, config.loss.sigma_shift, config.seed)
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    started = time.time()
+    abstract = jax.eval_shape(functools.partial(init_state, setting, optimizer))
+    placement = rules.shardings(abstract, mesh)
+    checkpoints = Checkpoints(workdir, config.keep_checkpoints)
+    if (start := checkpoints.latest()) is None:
+        state, start = jax.jit(init_state, static_argnums=(0, 1), out_shardings=placement)(setting, optimizer), 0
+    else:
+        like = jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+                            abstract, placement)
+        state = checkpoints.restore(start, like)
+        print(f"resuming {workdir} at step {start}")
+
+    put = functools.partial(_put, rules.batch_sharding(mesh))
+    stop = config.steps if until is None else min(until, config.steps)
+    compiled = _compile(state, stream, start, stop, put, placement, setting, optimizer)
+    seconds = {"compile": time.time() - started}
+
+    writer = Writer(workdir, start)
+    waiting: list[dict[str, jax.Array]] = []
+    started, since = time.time(), start
+    bar = tqdm(range(start, stop), initial=start, total=config.steps, unit="step", disable=not sys.stderr.isatty())
+    for step in bar:
+        bucket, batch = stream[step]
+        state, metrics = compiled[bucket](state, put(batch))
+        waiting.append(metrics)
+        done = step + 1
+        if done % config.log_every == 0 or done == stop:
+            values = summarize(jax.device_get(waiting), stream.tasks)
+            values["steps_per_second"] = (done - since) / (time.time() - (started if since == start else logged))
+            logged, since, waiting = time.time(), done, []
+            writer.write(done, values)
+            bar.set_postfix(loss=f"{values['loss']:.3f}")
+            if bar.disable:
+                left = (stop - done) / ((done - start) / (logged - started))
+                print(f"step {done}/{config.steps}  loss {values['loss']:.4f}  {left:.0f} s left", flush=True)
+        if done % config.checkpoint_every == 0 or done == stop:
+            checkpoints.save(done, state)
+    seconds["train"] = time.time() - started
+    checkpoints.close()
+    writer.close()
+    return state, seconds
+
+
+def _put(sharding: jax.sharding.NamedSharding, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    """This process's samples as global arrays."""
+    return {name: jax.make_array_from_process_local_data(sharding, values) for name, values in batch.items()}
+
+
+def _compile(state: Any, stream: Stream, start: int, stop: int, put, placement, setting: StepConfig, optimizer) -> dict:
+    """One compiled step for each bucket that the run will meet, made side by side."""
+    step = jax.jit(functools.partial(train_step, setting=setting, optimizer=optimizer), donate_argnums=0,
+                   out_shardings=(placement, None))
+    examples = stream.examples(start, stop)
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        lowered = {bucket: step.lower(state, put(batch)) for bucket, batch in examples.items()}
+        return dict(zip(lowered, pool.map(lambda low: low.compile(), lowered.values()), strict=True))

@@ -1,0 +1,1 @@
+"""The tests mirror `acejax/`; how much of them runs is told by `tests.counts`."""

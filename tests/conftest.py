@@ -1,0 +1,13 @@
+"""Settings that must stand before jax is imported; subprocesses of the tests inherit them.
+
+JAX_PLATFORMS can be set from outside, to run the same tests on an accelerator.
+"""
+
+import os
+import pathlib
+
+_CACHE = pathlib.Path(__file__).parents[1] / ".cache" / "jax"
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")

@@ -1,0 +1,40 @@
+"""The small transformers that parity is held on: everything but their outputs comes from a seed."""
+
+import numpy as np
+
+import acejax
+from acejax.weights import keymaps
+
+CHANNELS = (64, 384, 448)
+GUIDANCE = (1.0, 3.5, 50.0)
+ROWS, COLUMNS, TEXT, BATCH = 3, 5, 4, 2
+
+
+def config(in_channels: int = 448) -> acejax.MMDiTConfig:
+    """Two double and three single blocks of width 64: all of FLUX's parts, with rope over all three axes."""
+    return acejax.MMDiTConfig(in_channels=in_channels, hidden_size=64, num_heads=2, depth=2, depth_single_blocks=3,
+                              axes_dim=(4, 14, 14), context_in_dim=24, vec_in_dim=20)
+
+
+def state(model: acejax.MMDiTConfig, seed: int = 0) -> dict[str, np.ndarray]:
+    """Random weights in BFL's layout; none is 0 or 1 throughout, so that none can be mistaken for another."""
+    draw = np.random.default_rng(seed).standard_normal
+    tensors = {}
+    for key, shape in sorted(keymaps.expected(model, "bfl").items()):
+        mean, std = (1, 0.3) if key.endswith("scale") else (0, shape[-1] ** -0.5 if len(shape) == 2 else 0.3)
+        tensors[key] = (mean + std * draw(shape)).astype(np.float32)
+    return tensors
+
+
+def inputs(model: acejax.MMDiTConfig, guidance: float = 3.5, seed: int = 1) -> acejax.Tokens:
+    """A batch on a non-square canvas; the samples differ in everything, sigma included."""
+    draw = np.random.default_rng(seed).standard_normal
+
+    def normal(*shape):
+        return draw((BATCH, *shape)).astype(np.float32)
+
+    grid = np.array(acejax.lcu.positions(2 * ROWS, 2 * COLUMNS))
+    return acejax.Tokens(
+        image=normal(ROWS * COLUMNS, model.in_channels), positions=np.tile(grid, (BATCH, 1, 1)),
+        text=normal(TEXT, model.context_in_dim), pooled=normal(model.vec_in_dim),
+        sigma=np.array([0.25, 0.8], np.float32), guidance=np.full(BATCH, guidance, np.float32))

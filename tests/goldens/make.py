@@ -1,0 +1,31 @@
+"""Record what diffusers' FLUX makes of the small cases: `python -m tests.goldens.make` (needs torch and diffusers)."""
+
+import pathlib
+
+import numpy as np
+
+from acejax.weights import keymaps
+from tests import judges
+from tests.goldens import cases
+
+FLUX = pathlib.Path(__file__).with_name("flux.npz")
+
+
+def name(channels: int, guidance: float) -> str:
+    return f"channels_{channels}_guidance_{guidance:g}"
+
+
+def flux() -> dict[str, np.ndarray]:
+    """Velocities [B, S, 64] by case name; weights and tokens are `cases`'."""
+    velocities = {}
+    for channels in cases.CHANNELS:
+        model = cases.config(channels)
+        params = keymaps.from_foreign(model, cases.state(model).__getitem__, "bfl")
+        for guidance in cases.GUIDANCE:
+            velocities[name(channels, guidance)] = judges.flux_velocity(model, params, cases.inputs(model, guidance))
+    return velocities
+
+
+if __name__ == "__main__":
+    np.savez_compressed(FLUX, **flux())
+    print(f"{FLUX}: {FLUX.stat().st_size:,} bytes")

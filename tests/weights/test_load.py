@@ -1,0 +1,209 @@
+"""Reading and writing transformer files: numbers kept, layouts and geometry detected, every mistake named."""
+
+import dataclasses
+import pathlib
+import pickle
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from etils import epath
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+import acejax
+from acejax.weights import keymaps
+from acejax.weights.load import load_mmdit
+from acejax.weights.save import save_mmdit
+from tests.goldens import cases
+
+MODEL = cases.config()
+FLUX_HEADS = acejax.MMDiTConfig(in_channels=384, out_channels=32, hidden_size=128, num_heads=1, depth=1,
+                                depth_single_blocks=2, mlp_ratio=2.0, context_in_dim=24, vec_in_dim=20)
+
+
+@pytest.fixture
+def state():
+    return cases.state(MODEL)
+
+
+def write(folder: pathlib.Path, tensors: dict[str, np.ndarray]) -> pathlib.Path:
+    save_file(tensors, folder / "model.safetensors")
+    return folder / "model.safetensors"
+
+
+def assert_same(found, expected):
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    assert jax.tree.map(lambda leaf: leaf.dtype, found) == jax.tree.map(lambda leaf: leaf.dtype, expected)
+
+
+@pytest.mark.parametrize("prefix", ["", "model.", "model.diffusion_model."])
+@pytest.mark.parametrize("layout", keymaps.LAYOUTS)
+def test_layouts_and_prefixes_are_detected(tmp_path, state, layout, prefix):
+    params = keymaps.from_foreign(MODEL, state.__getitem__, "bfl")
+    foreign = keymaps.to_foreign(MODEL, params, layout)
+    config, found = load_mmdit(write(tmp_path, {prefix + key: tensor for key, tensor in foreign.items()}), MODEL)
+    assert config == MODEL
+    assert_same(found, params)
+
+
+@pytest.mark.parametrize("guidance", [True, False])
+@pytest.mark.parametrize("layout", keymaps.LAYOUTS)
+def test_config_is_read_off_the_tensors(tmp_path, layout, guidance):
+    model = dataclasses.replace(FLUX_HEADS, guidance_embed=guidance)
+    params = keymaps.from_foreign(model, cases.state(model).__getitem__, "bfl")
+    save_mmdit(tmp_path / "x.safetensors", model, params, layout)
+    config, found = load_mmdit(tmp_path / "x.safetensors")
+    assert config == model
+    assert_same(found, params)
+
+
+@pytest.mark.parametrize("kind", [str, pathlib.Path, epath.Path])
+def test_save_and_load_are_inverse(tmp_path, state, kind):
+    params = keymaps.from_foreign(MODEL, state.__getitem__, "bfl")
+    path = kind(tmp_path / "new" / "x.safetensors")
+    save_mmdit(path, MODEL, params)
+    assert [file.name for file in (tmp_path / "new").iterdir()] == ["x.safetensors"]
+    stored = load_file(path)
+    assert stored.keys() == state.keys()
+    assert all(np.array_equal(stored[key], state[key]) for key in state)
+    assert_same(load_mmdit(path, MODEL)[1], params)
+
+
+def test_failed_save_keeps_the_old_file(tmp_path, state, monkeypatch):
+    params = keymaps.from_foreign(MODEL, state.__getitem__, "bfl")
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(b"old")
+
+    def full_disk(tensors, beside, metadata):
+        pathlib.Path(beside).write_bytes(b"half")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("acejax.weights.save.save_file", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        save_mmdit(path, MODEL, params)
+    assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("x.safetensors", b"old")]
+
+
+def test_unknown_layout():
+    with pytest.raises(ValueError, match="layout is 'comfy'; known: bfl, diffusers"):
+        save_mmdit("x", MODEL, {}, layout="comfy")
+
+
+def test_dtypes(tmp_path, state):
+    """bf16 survives bit for bit, `dtype` casts on the way in and out, and a mixed leaf loses nothing."""
+    half = {key: tensor.astype(ml_dtypes.bfloat16) for key, tensor in state.items()}
+    path = write(tmp_path, half)
+    params = load_mmdit(path, MODEL)[1]
+    assert_same(params, keymaps.from_foreign(MODEL, half.__getitem__, "bfl"))
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.bfloat16)}
+    assert_same(load_mmdit(path, MODEL, jnp.float32)[1], jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params))
+
+    save_mmdit(tmp_path / "f16", MODEL, params, dtype=np.float16)
+    with safe_open(tmp_path / "f16", framework="numpy") as file:
+        assert {file.get_slice(key).get_dtype() for key in file.keys()} == {"F16"}  # noqa: SIM118
+
+    mixed = half | {"single_blocks.1.linear1.weight": state["single_blocks.1.linear1.weight"]}
+    found = load_mmdit(write(tmp_path, mixed), MODEL)[1]
+    assert found["single_blocks"]["qkv"]["kernel"].dtype == jnp.float32
+    assert found["single_blocks"]["qkv"]["bias"].dtype == jnp.bfloat16
+    rows = state["single_blocks.1.linear1.weight"][3 * MODEL.hidden_size:]
+    np.testing.assert_array_equal(found["single_blocks"]["mlp_in"]["kernel"][1], rows.T)
+
+
+def refused(path, *parts, config=MODEL):
+    """The one message of a `load_mmdit` that must fail; it names the file and `parts`."""
+    with pytest.raises(acejax.UserError) as error:
+        load_mmdit(path, config)
+    message = str(error.value)
+    assert "\n" not in message
+    assert message.startswith(f"{path}: ")
+    for part in parts:
+        assert part in message, message
+
+
+def test_missing_file(tmp_path):
+    refused(tmp_path / "absent.safetensors", "no such file")
+    refused(tmp_path, "no such file")
+
+
+class Dangerous:
+    """A pickle that would raise if it were executed."""
+
+    def __reduce__(self):
+        return exec, ("raise SystemExit('executed')",)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x80", b"not tensors, but long enough to hold a header",
+                                     pickle.dumps(Dangerous())])
+def test_other_formats(tmp_path, content):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(content)
+    refused(path, "expected a whole safetensors file")
+
+
+def test_truncated_file_at_any_length(tmp_path, state):
+    path = write(tmp_path, state)
+    whole = path.read_bytes()
+    for length in (4, 100, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        refused(path, "expected a whole safetensors file", "cut short")
+
+
+def test_other_model(tmp_path):
+    refused(write(tmp_path, {"encoder.conv_in.weight": np.zeros(3, np.float32)}), "not a FLUX transformer",
+            "img_in.weight", "x_embedder.weight", "found encoder.conv_in.weight")
+    refused(write(tmp_path, {}), "found no tensors")
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_missing_key(tmp_path, state, prefix):
+    del state["double_blocks.1.txt_attn.qkv.weight"], state["final_layer.linear.bias"]
+    path = write(tmp_path, {prefix + key: tensor for key, tensor in state.items()})
+    refused(path, f"'{prefix}double_blocks.1.txt_attn.qkv.weight' (and 1 more) is missing", "expected (192, 64)",
+            f"{len(state) + 2} tensors", f"found {len(state)}")
+
+
+def test_left_over_key(tmp_path, state):
+    path = write(tmp_path, state | {"single_blocks.3.linear1.bias": np.zeros(5, np.float32)})
+    refused(path, "'single_blocks.3.linear1.bias' is left over", "found (5,)", "tensors of the bfl layout")
+
+
+def test_guidance_that_the_config_does_not_have(tmp_path, state):
+    refused(write(tmp_path, state), "'guidance_in.in_layer.bias' (and 3 more) is left over",
+            config=dataclasses.replace(MODEL, guidance_embed=False))
+
+
+def test_wrong_shape(tmp_path, state):
+    refused(write(tmp_path, state), "'img_in.weight' has shape (64, 448)", "expected (64, 384)",
+            config=cases.config(384))
+
+
+def test_dtype_that_is_no_plain_float(tmp_path, state):
+    path = write(tmp_path, state | {"txt_in.weight": state["txt_in.weight"].astype(np.int8)})
+    refused(path, "'txt_in.weight' is stored as I8", "expected one of F64, F32, F16, BF16")
+
+
+def test_geometry_that_tensors_do_not_tell(tmp_path, state):
+    refused(write(tmp_path, state), "'img_in.weight' has shape (64, 448)", "has (32,)", "heads of 128", "give config=",
+            config=None)
+    del state["double_blocks.0.img_attn.norm.query_norm.scale"]
+    refused(write(tmp_path, state), "'double_blocks.0.img_attn.norm.query_norm.scale' is missing", config=None)
+    refused(write(tmp_path, state | {"img_in.weight": np.zeros(3, np.float32)}), "'img_in.weight' is (3,)",
+            "expected 2 axes", config=None)
+    refused(write(tmp_path, state | {"img_in.weight": np.zeros((0, 64), np.float32)}), "'img_in.weight' is (0, 64)",
+            "none empty", config=None)
+
+
+def test_a_missing_layer_is_missed_not_taken_for_a_shorter_model(tmp_path):
+    state = cases.state(FLUX_HEADS)
+    holed = {key: tensor for key, tensor in state.items() if not key.startswith("single_blocks.0.")}
+    refused(write(tmp_path, holed), "'single_blocks.0.", "is missing", config=None)
+    wild = state | {"single_blocks.987654321.norm.query_norm.scale": np.zeros(128, np.float32)}
+    refused(write(tmp_path, wild), "'single_blocks.2.", "is missing", config=None)
+
+
+def test_load_is_public():
+    assert acejax.load_mmdit is load_mmdit

@@ -6,6 +6,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+QUICK := --quiet --no-compile
 
 DEMO_DIR ?= runs/demo
 DEMO_FLAGS = --workdir=$(DEMO_DIR) $(if $(STEPS),--config.steps=$(STEPS)) $(if $(SEED),--config.seed=$(SEED))
@@ -15,12 +16,16 @@ PYTEST_FLAGS ?=
 # The outside judges of parity. The version has a local part (+cpu), so that no GPU build can take its place.
 TORCH := torch==2.13.0+cpu
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
-TRY := $(PIP) install --quiet --retries 1 --timeout 10
+TRY := $(PIP) install $(QUICK) --retries 1 --timeout 10
+
+# A stamp file holds the seconds that its installation took; the demo reports their sum.
+START := start=$$(date +%s);
+SECONDS_SINCE := $$(($$(date +%s) - start))
 
 .PHONY: demo test soak lint clean
 
-demo: $(VENV)/.demo
-	$(BIN)/acejax demo $(DEMO_FLAGS)
+demo: $(VENV)/.python $(VENV)/.demo
+	$(BIN)/acejax demo $(DEMO_FLAGS) --setup_seconds=$$(awk '{ sum += $$1 } END { print sum }' $^)
 
 test: lint
 	ACEJAX_TEST_COUNTS=$(COUNTS) $(BIN)/python -m pytest $(PYTEST_FLAGS)
@@ -38,16 +43,14 @@ clean:
 $(VENV)/.python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(not (3, 11) <= v[:2] < (3, 14))' || \
 	  { echo "acejax needs Python 3.11, 3.12 or 3.13; $(PYTHON) is $$($(PYTHON) --version 2>&1). Try: make PYTHON=python3.12"; exit 1; }
-	$(PYTHON) -m venv $(VENV)
-	@touch $@
+	@$(START) $(PYTHON) -m venv $(VENV) && echo $(SECONDS_SINCE) > $@
 
 $(VENV)/.demo: pyproject.toml $(VENV)/.python
-	$(PIP) install --quiet --editable '.[demo]'
-	@touch $@
+	@$(START) set -x; $(PIP) install $(QUICK) --editable '.[demo]' && echo $(SECONDS_SINCE) > $@
 
 $(VENV)/.test: pyproject.toml $(VENV)/.python
-	$(PIP) install --quiet --editable '.[test]'
-	@if $(TRY) '$(TORCH)' 2>/dev/null || $(TRY) --extra-index-url $(TORCH_INDEX) '$(TORCH)' 2>/dev/null; then \
-	  $(PIP) install --quiet '$(TORCH)' --editable '.[judges]'; \
-	else echo "No CPU build of PyTorch found: parity is held against the recorded goldens."; fi
-	@touch $@ $(VENV)/.demo
+	@$(START) if $(TRY) $(TORCH) 2>/dev/null || $(TRY) --extra-index-url $(TORCH_INDEX) $(TORCH) 2>/dev/null; \
+	then install="$(TORCH) --editable .[test,judges]"; \
+	else install="--editable .[test]"; \
+	  echo "No CPU build of PyTorch found: parity is held against the recorded goldens."; fi; \
+	set -x; $(PIP) install $(QUICK) $$install && echo $(SECONDS_SINCE) | tee $@ > $(VENV)/.demo

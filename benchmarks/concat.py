@@ -285,9 +285,9 @@ def main(argv: list[str]) -> int:
     # One attention for every shape: "auto" would change over at 1,024 tokens, and chunks pad the shorter ones.
     execution = acejax.Execution.for_platform(backend, **({"attention": "xla"} if backend == "cpu" else {}))
     report = run(args.model, tokens, text, args.repeats, execution)
-    show(report)
     if args.json:
         args.json.write_text(json.dumps(report, indent=2) + "\n")
     if args.plot:
         plot(report, args.plot)
+    show(report)
     return 0

@@ -1,7 +1,5 @@
-"""Configs on the command line, as JAX users expect: `--config=FILE.py:arg --config.a.b=value` (absl, config_flags)."""
+"""Flags and configs on the command line, as JAX users expect: `--config=FILE.py:arg --config.a.b=value` (absl)."""
 
-import importlib.util
-import os
 import re
 from collections.abc import Callable, Sequence
 
@@ -12,58 +10,67 @@ from ml_collections import config_flags
 
 from acejax.errors import UserError
 
+Define = Callable[[flags.FlagValues], None]
+
 
 def folder() -> epath.Path:
-    """Where the configs that come with acejax are: `configs/` of a checkout, `acejax/configs` when installed."""
+    """Where the configs that come with acejax are: `acejax/configs` when installed, `configs/` of a checkout."""
     package = epath.Path(__file__).parent.parent
     return next(path for path in (package / "configs", package.parent / "configs") if path.exists())
 
 
-def parse(command: str, argv: Sequence[str], define: Callable[[flags.FlagValues], None],
-          default: str | None = None) -> flags.FlagValues | None:
-    """Parse a command's flags, `--config` among them; None when help was asked for and printed.
-
-    `define` adds the command's own flags. A config that is not found as given is looked for by its name in `folder()`.
+def parse_flags(command: str, argv: Sequence[str], define: Define) -> flags.FlagValues | None:
+    """Parse a command's flags, added by `define`; None when help was asked for and printed.
 
     Raises:
-      UserError: an unknown flag or field, a wrong value, or an argument that is no flag.
+      UserError: an unknown flag or config field, a wrong value, or an argument that is no flag.
     """
     values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", default and str(folder() / default), "The run's config file.",
-                                    flag_values=values)
     define(values)
     if any(flag in argv for flag in ("-h", "--help")):
-        print(f"usage: acejax {command} [flags]\n{values.main_module_help() or values.get_help()}")
+        print(f"usage: acejax {command} [flags]\n{values.get_help()}")
         return None
-    argv = [_shipped(arg) for arg in argv]
     try:
         rest = values([command, *argv])[1:]
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError) as error:
-        raise UserError(f"{command}: {_first_line(error)}") from error
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(f"{command}: {lines[0]}") from error
     if rest:
         hint = f"; write --config.{rest[0]}" if re.fullmatch(r"[\w.]+=.*", rest[0]) else ""
         raise UserError(f"{command}: {rest[0]!r} is no flag{hint}")
-    if values["config"].value is None:
-        raise UserError(f"{command}: --config=FILE.py is missing; configs that come with acejax: "
-                        f"{', '.join(sorted(path.name for path in folder().glob('*.py')))}")
     return values
 
 
-def config_of(values: flags.FlagValues) -> ml_collections.ConfigDict:
-    """The parsed config."""
-    return values["config"].value
+def parse_config(command: str, argv: Sequence[str], define: Define,
+                 default: str | None = None) -> tuple[flags.FlagValues, ml_collections.ConfigDict] | None:
+    """`parse_flags` for a command that takes `--config`; a file that is not found is looked for in `folder()`.
+
+    Raises:
+      UserError: as `parse_flags`; no config, or one that is nowhere.
+    """
+    def define_all(values: flags.FlagValues) -> None:
+        config_flags.DEFINE_config_file("config", default and str(folder() / default), "The run's config file.",
+                                        flag_values=values)
+        define(values)
+
+    values = parse_flags(command, [_find(arg) for arg in argv], define_all)
+    if values is None:
+        return None
+    config = values["config"].value
+    if config is None:
+        raise UserError(f"{command}: --config=FILE.py is missing; {_known()}")
+    return values, config
 
 
-def _shipped(arg: str) -> str:
+def _find(arg: str) -> str:
     match = re.fullmatch(r"(--?config=)([^:]+\.py)(:.*)?", arg)
-    if match and not os.path.exists(match[2]):
-        path = folder() / epath.Path(match[2]).name
-        if not path.exists():
-            raise UserError(f"config file {match[2]} is not there; configs that come with acejax: "
-                            f"{', '.join(sorted(path.name for path in folder().glob('*.py')))}")
-        return f"{match[1]}{path}{match[3] or ''}"
-    return arg
+    if match is None or epath.Path(match[2]).exists():
+        return arg
+    path = folder() / epath.Path(match[2]).name
+    if not path.exists():
+        raise UserError(f"config file {match[2]} is not there; {_known()}")
+    return f"{match[1]}{path}{match[3] or ''}"
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def _known() -> str:
+    return f"configs that come with acejax: {', '.join(sorted(path.name for path in folder().glob('*.py')))}"

@@ -4,17 +4,18 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from acejax.cli.config import config_of, parse
+from acejax.cli.config import parse_config
 
 
 def main(argv: Sequence[str]) -> int:
     """Train, edit the test photo, print the scores; 1 when they miss the thresholds."""
-    values = parse("demo", argv, _define, default="demo.py")
-    if values is None:
+    parsed = parse_config("demo", argv, _define, default="demo.py")
+    if parsed is None:
         return 0
+    values, config = parsed
     from acejax.demo.job import run, table
 
-    report = run(config_of(values), values["workdir"].value, values["setup_seconds"].value)
+    report = run(config, values["workdir"].value, values["setup_seconds"].value)
     print(f"\n{table(report)}\n\nseconds: {report['seconds']}")
     print(f"pictures: {values['workdir'].value}/edits.png   report: {values['workdir'].value}/report.json")
     for line in report["missed"]:

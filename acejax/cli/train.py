@@ -4,16 +4,17 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from acejax.cli.config import config_of, parse
+from acejax.cli.config import parse_config
 from acejax.errors import UserError
 
 
 def main(argv: Sequence[str]) -> int:
     """Train to the config's last step; the same command again resumes."""
-    values = parse("train", argv, _define)
-    if values is None:
+    parsed = parse_config("train", argv, _define)
+    if parsed is None:
         return 0
-    config, workdir = config_of(values), values["workdir"].value
+    values, config = parsed
+    workdir = values["workdir"].value
     if workdir is None:
         raise UserError("train: --workdir=DIR is missing")
     from acejax.demo import job

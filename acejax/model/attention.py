@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 LONG = 1024  # tokens above which "auto" goes by query chunks
-CHUNK = 512
+CHUNK = 512  # the most queries at a time
 SPLASH_BLOCK = 128
 
 
@@ -43,10 +43,11 @@ def _xla_chunked(q, k, v, lengths):
     """Plain attention over one chunk of queries at a time; the backward pass recomputes a chunk's logits."""
     batch, size, heads, dim = q.shape
     chunks = -(-size // CHUNK)
-    q = jnp.pad(q, ((0, 0), (0, chunks * CHUNK - size), (0, 0), (0, 0)))
-    q = q.reshape(batch, chunks, CHUNK, heads, dim).swapaxes(0, 1)
-    out = jax.lax.map(jax.checkpoint(lambda chunk: _xla(chunk, k, v, lengths)), q)
-    return out.swapaxes(0, 1).reshape(batch, chunks * CHUNK, heads, dim)[:, :size]
+    chunk = -(-size // chunks)  # equal chunks: little padding
+    q = jnp.pad(q, ((0, 0), (0, chunks * chunk - size), (0, 0), (0, 0)))
+    q = q.reshape(batch, chunks, chunk, heads, dim).swapaxes(0, 1)
+    out = jax.lax.map(jax.checkpoint(lambda part: _xla(part, k, v, lengths)), q)
+    return out.swapaxes(0, 1).reshape(batch, chunks * chunk, heads, dim)[:, :size]
 
 
 def _splash(q, k, v, lengths):

@@ -1,0 +1,49 @@
+"""`acejax edit`: edit a picture by instruction."""
+
+from collections.abc import Sequence
+
+from absl import flags
+
+from acejax.cli.config import parse_flags
+from acejax.errors import UserError
+
+
+def main(argv: Sequence[str]) -> int:
+    """Edit one picture and write the result."""
+    values = parse_flags("edit", argv, _define)
+    if values is None:
+        return 0
+    flag = {name: values[name].value for name in values}
+    if not flag["demo"]:
+        raise UserError("edit: add --demo to use the small weights that come with acejax")
+    for name in ("prompt", "out"):
+        if not flag[name]:
+            raise UserError(f"edit: --{name} is missing")
+    from acejax.demo.edit import edit
+    from acejax.demo.weights import SHIPPED, load_editor
+    from acejax.edit.files import read_mask, read_picture, write_picture
+
+    image = read_picture(flag["image"]) if flag["image"] else None
+    if flag["mask"] and image is None:
+        raise UserError("edit: --mask without --image")
+    mask = read_mask(flag["mask"], image.shape[:2]) if flag["mask"] else None
+    references = [read_picture(path) for path in flag["reference"] or ()]
+    editor = load_editor(flag["weights"] or SHIPPED)
+    write_picture(flag["out"], edit(editor, flag["prompt"], image, mask, references, flag["task"], flag["seed"]))
+    print(f"wrote {flag['out']}")
+    return 0
+
+
+def _define(values: flags.FlagValues) -> None:
+    def text(name, about):
+        flags.DEFINE_string(name, None, about, flag_values=values)
+
+    flags.DEFINE_boolean("demo", False, "Use the small weights that come with acejax.", flag_values=values)
+    text("prompt", "The instruction, e.g. 'a red heart' or 'make it blue'.")
+    text("image", "The picture to edit, of any size; none: text to picture.")
+    text("mask", "A mask of the picture's size, white where to generate.")
+    flags.DEFINE_multi_string("reference", None, "A reference picture; may be given twice.", flag_values=values)
+    text("task", "text, insert, recolor, instruct, reference or two_references; by default what the inputs stand for.")
+    flags.DEFINE_integer("seed", 0, "Fixes the result.", flag_values=values)
+    text("weights", "A folder of demo weights (a demo's WORKDIR/weights) instead of those shipped.")
+    text("out", "The file to write.")

@@ -1,0 +1,68 @@
+"""Edits of a user's own picture with the small weights: crop around the mask, edit at 64 pixels, put back."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from acejax.demo.pictures import GRID, REPAINTING, SIZE, TASKS
+from acejax.edit import crop as crops
+from acejax.edit.editor import Editor
+from acejax.errors import UserError
+
+# task: needs a picture, needs a mask, number of references
+NEEDS = {"text": (False, False, 0), "insert": (True, True, 0), "recolor": (True, True, 0),
+         "instruct": (True, False, 0), "reference": (True, True, 1), "two_references": (True, True, 2)}
+SHARE = 0.5  # of the window's side that the mask takes, as in training
+
+
+def task_of(prompt: str, image: bool, mask: bool, references: int) -> str:
+    """The task that these inputs stand for."""
+    if references:
+        return "reference" if references == 1 else "two_references"
+    if not image:
+        return "text"
+    if not mask:
+        return "instruct"
+    return "recolor" if prompt.lower().startswith("make ") else "insert"
+
+
+def edit(editor: Editor, prompt: str, image: np.ndarray | None, mask: np.ndarray | None,
+         references: Sequence[np.ndarray] = (), task: str | None = None, seed: int = 0) -> np.ndarray:
+    """Edit a picture [h, w, 3] of any size inside its mask [h, w] (uint8); every other pixel stays as it is.
+
+    Without a picture the result is 64 x 64. References are seen whole.
+
+    Raises:
+      UserError: an unknown task, or inputs that are not the task's.
+    """
+    task = task or task_of(prompt, image is not None, mask is not None, len(references))
+    if task not in NEEDS:
+        raise UserError(f"unknown task {task!r}; the small weights know {', '.join(TASKS)}")
+    given = (image is not None, mask is not None, len(references))
+    if given != NEEDS[task]:
+        raise UserError(f"task {task} takes {_inputs(*NEEDS[task])}; given: {_inputs(*given)}")
+    scale = REPAINTING.get(task, 1.0)
+    if image is None:
+        return editor(prompt, size=(SIZE, SIZE), scale=scale, seed=seed)
+    window = crops.whole(image.shape[:2]) if mask is None else crops.around(mask, SHARE)
+    seen = None if mask is None else _boxes(crops.cut(mask, window, SIZE), 2 if task == "two_references" else 1)
+    shown = [crops.cut(reference, crops.whole(reference.shape[:2]), SIZE) for reference in references]
+    result = editor(prompt, crops.cut(image, window, SIZE), seen, shown, scale=scale, seed=seed)
+    return crops.paste(image, result, window, mask)
+
+
+def _boxes(mask: np.ndarray, count: int) -> np.ndarray:
+    """The bounding box of each of `count` vertical strips of a mask, grown to the latent grid: what training showed."""
+    boxes = np.zeros_like(mask)
+    for strip in np.array_split(np.arange(SIZE), count):
+        rows, columns = (np.flatnonzero(mask[:, strip].any(axis)) for axis in (1, 0))
+        if len(rows):
+            top, left = rows[0] // GRID * GRID, (strip[0] + columns[0]) // GRID * GRID
+            bottom, right = -(-(rows[-1] + 1) // GRID) * GRID, -(-(strip[0] + columns[-1] + 1) // GRID) * GRID
+            boxes[top:bottom, left:right] = 255
+    return boxes
+
+
+def _inputs(image: bool, mask: bool, references: int) -> str:
+    parts = [name for name, there in (("a picture", image), ("a mask", mask)) if there]
+    return ", ".join([*parts, *([f"{references} reference(s)"] if references else [])]) or "no picture"

@@ -1,0 +1,65 @@
+"""Reading and writing picture files."""
+
+import io
+
+import numpy as np
+from etils import epath
+from PIL import Image, ImageOps
+
+from acejax.errors import UserError
+
+
+def read_picture(path: epath.PathLike) -> np.ndarray:
+    """A picture file as [h, w, 3] uint8, upright (EXIF), transparency on white.
+
+    Raises:
+      UserError: the file is missing, or no picture that can be read whole.
+    """
+    image = ImageOps.exif_transpose(_open(path)).convert("RGBA")
+    return np.asarray(Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB"))
+
+
+def read_mask(path: epath.PathLike, size: tuple[int, int]) -> np.ndarray:
+    """A mask file as [h, w] uint8, 255 = generate (white), binarised at half.
+
+    Raises:
+      UserError: unreadable, of another size (height, width) than its picture, or without a white pixel.
+    """
+    mask = np.where(np.asarray(ImageOps.exif_transpose(_open(path)).convert("L")) > 127, 255, 0).astype(np.uint8)
+    if mask.shape != tuple(size):
+        raise UserError(f"mask {path} is {mask.shape[1]} x {mask.shape[0]} pixels (width x height); its picture is "
+                        f"{size[1]} x {size[0]}")
+    if not mask.any():
+        raise UserError(f"mask {path} has no white pixel: nothing to generate")
+    return mask
+
+
+def write_picture(path: epath.PathLike, picture: np.ndarray) -> None:
+    """Write [h, w, 3] uint8 as PNG (or what the suffix says), beside and renamed.
+
+    Raises:
+      UserError: a folder that is not there, or a suffix that names no picture format.
+    """
+    path = epath.Path(path)
+    if not path.parent.exists():
+        raise UserError(f"{path}: the folder {path.parent} is not there")
+    buffer = io.BytesIO()
+    suffix = path.suffix.lower() or ".png"
+    if suffix not in Image.registered_extensions():
+        raise UserError(f"{path}: {suffix!r} names no picture format; use .png, .jpg or .webp")
+    Image.fromarray(picture).save(buffer, Image.registered_extensions()[suffix])
+    beside = path.parent / f".{path.name}.tmp"
+    beside.write_bytes(buffer.getvalue())
+    beside.replace(path)
+
+
+def _open(path: epath.PathLike) -> Image.Image:
+    path = epath.Path(path)
+    if not path.exists() or path.is_dir():
+        raise UserError(f"picture {path}: no such file")
+    try:
+        image = Image.open(io.BytesIO(path.read_bytes()))
+        image.load()
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"picture {path} cannot be read: {error}") from error
+    return image

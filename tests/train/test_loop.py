@@ -1,0 +1,96 @@
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from acejax import UserError
+from acejax.train.loop import train
+from tests.train.small import STEPS, losses, make_config, make_stream
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    """Twenty steps without a break."""
+    workdir = tmp_path_factory.mktemp("whole")
+    train(make_config(), workdir, make_stream())
+    return workdir
+
+
+def test_losses_fall_and_parts_are_reported(whole_run):
+    values = losses(whole_run)
+    assert len(values) == STEPS and np.mean(values[-3:]) < values[0]
+    lines = [json.loads(line) for line in (whole_run / "metrics.jsonl").read_text().splitlines()]
+    assert all("L_tar" in line and line["gradient_norm"] > 0 for line in lines)
+    assert not any("L_ref/1" in line for line in lines[:STEPS // 2]), "stage 1 has no references"
+    assert any("L_ref/1" in line for line in lines) and any("L_ref/2" in line for line in lines)
+    assert {name for line in lines for name in line if name.startswith("task/")} == {f"task/{t}" for t in "abrs"}
+    assert list(whole_run.glob("events.out.tfevents.*"))
+
+
+def test_an_interrupted_run_has_the_losses_of_an_uninterrupted_one(whole_run, tmp_path):
+    train(make_config(), tmp_path, make_stream(), until=7)
+    changed = make_config()
+    changed.execution.remat = "full"  # how a run is computed may change
+    train(make_config(), tmp_path, make_stream(), until=13)
+    assert losses(tmp_path) == losses(whole_run)[:13]
+    train(changed, tmp_path, make_stream())
+    np.testing.assert_allclose(losses(tmp_path), losses(whole_run), rtol=1e-5)
+
+
+def test_lines_after_the_restored_step_are_written_again(whole_run, tmp_path):
+    train(make_config(), tmp_path, make_stream(), until=4)
+    with (tmp_path / "metrics.jsonl").open("a") as file:  # what a killed run logged after its last checkpoint
+        file.write(json.dumps({"step": 5, "loss": 99.0}) + "\n")
+    train(make_config(), tmp_path, make_stream(), until=6)
+    assert losses(tmp_path) == losses(whole_run)[:6]
+
+
+def test_a_workdir_of_another_config_is_refused(whole_run):
+    before = {path: path.read_bytes() for path in whole_run.rglob("*") if path.is_file()}
+    other = make_config()
+    other.model.num_heads = 4
+    other.model.axes_dim = (2, 2, 4)
+    with pytest.raises(UserError, match=r"config\.model\.axes_dim = \[4, 6, 6\], this one has \[2, 2, 4\]"):
+        train(other, whole_run, make_stream())
+    assert before == {path: path.read_bytes() for path in whole_run.rglob("*") if path.is_file()}
+
+
+def test_mistakes_leave_nothing_behind(tmp_path):
+    bad_mesh = make_config()
+    bad_mesh.mesh.fsdp = 7
+    bad_model = make_config()
+    bad_model.model.num_heads = 3
+    bad_execution = make_config()
+    bad_execution.execution.attention = "flash"
+    for config, message in ((bad_mesh, "mesh"), (bad_model, "num_heads 3"), (bad_execution, "'flash'; known: auto")):
+        with pytest.raises(UserError, match=message):
+            train(config, tmp_path / "run", make_stream())
+    assert not (tmp_path / "run").exists()
+
+
+def test_eight_devices_train_as_one(whole_run, tmp_path):
+    script = """
+import pathlib, sys
+from acejax import UserError
+from acejax.train.loop import train
+from tests.train.small import make_config, make_stream
+config = make_config()
+config.mesh.update({"data": 2, "fsdp": 4})
+try:
+    train(config, pathlib.Path(sys.argv[1]) / "never", make_stream(batch_sizes=(16, 12, 8)))
+except UserError as error:
+    print(error)
+train(config, pathlib.Path(sys.argv[1]) / "run", make_stream())
+"""
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "batch size 12 is not a multiple of data x fsdp = 8 of the mesh" in done.stdout
+    assert not (tmp_path / "never").exists()
+    np.testing.assert_allclose(losses(tmp_path / "run"), losses(whole_run), rtol=1e-4)

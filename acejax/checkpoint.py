@@ -49,13 +49,14 @@ def claim(workdir: epath.PathLike, config: dict[str, Any], free: tuple[str, ...]
                          for c in (json.loads(path.read_text()), config))
         for field in sorted(found.keys() | wanted.keys()):
             if found.get(field) != wanted.get(field):
-                raise UserError(f"workdir {workdir} holds a run with config.{field} = {found.get(field)!r}, this one has "
-                                f"{wanted.get(field)!r}; give another --workdir, or the config it was started with")
+                raise UserError(
+                    f"workdir {workdir} holds a run with config.{field} = {found.get(field)!r}, this one has "
+                    f"{wanted.get(field)!r}; give another --workdir, or the config it was started with")
     if jax.process_index() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = path.parent / "config.json.tmp"
         beside.write_text(json.dumps(config, indent=2))
-        beside.rename(path) if not path.exists() else beside.replace(path)
+        beside.replace(path)
 
 
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

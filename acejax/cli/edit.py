@@ -21,8 +21,9 @@ def main(argv: Sequence[str]) -> int:
             raise UserError(f"edit: --{name} is missing")
     from acejax.demo.edit import edit
     from acejax.demo.weights import SHIPPED, load_editor
-    from acejax.edit.files import read_mask, read_picture, write_picture
+    from acejax.edit.files import picture_format, read_mask, read_picture, write_picture
 
+    picture_format(flag["out"])  # before the work
     image = read_picture(flag["image"]) if flag["image"] else None
     if flag["mask"] and image is None:
         raise UserError("edit: --mask without --image")

@@ -1,7 +1,11 @@
 """`acejax COMMAND ...`: picks the command, and turns a user's mistake into one line and exit code 2."""
 
 import importlib
+import os
+import pathlib
 import sys
+
+import jax
 
 from acejax import __version__
 from acejax.errors import UserError
@@ -12,6 +16,8 @@ COMMANDS = {
     "edit": "edit a picture by instruction",
     "bench": "measure speed and cost",
 }
+_EXTRAS = {"optax": "train", "orbax": "train", "grain": "train", "tensorflow_datasets": "train",
+           "tensorboardX": "train", "skimage": "demo", "matplotlib": "demo"}  # module: the extra that brings it
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -26,21 +32,26 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if argv[0] not in COMMANDS:
             raise UserError(f"no command {argv[0]!r}; the commands are {', '.join(COMMANDS)}")
+        _keep_compiled_programs()
         command = importlib.import_module(f"acejax.cli.{argv[0]}")
         return command.main(argv[1:])
     except UserError as error:
         print(f"acejax: {error}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
-        extra = EXTRAS.get(error.name.partition(".")[0]) if error.name else None
+        extra = _EXTRAS.get(error.name.partition(".")[0]) if error.name else None
         if extra is None:
             raise
         print(f"acejax: {argv[0]} needs {error.name}; install it with: pip install 'acejax[{extra}]'", file=sys.stderr)
         return 2
 
 
-EXTRAS = {"optax": "train", "orbax": "train", "grain": "train", "tensorflow_datasets": "train", "tensorboardX": "train",
-          "skimage": "demo", "matplotlib": "demo"}
+
+def _keep_compiled_programs() -> None:
+    """A persistent compile cache, as commands compile the same programs again; the environment can name another."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache"))
+        jax.config.update("jax_compilation_cache_dir", str(cache / "acejax" / "compiled"))
 
 
 def _usage() -> str:

@@ -89,6 +89,8 @@ class _Decoded(Sequence):
         return len(self._source)
 
     def __getitem__(self, index: int) -> Record:
+        if not 0 <= index < len(self):
+            raise IndexError(index)  # ends an iteration
         row = dict(self._source[index])
         for field in ("task", "prompt", "detail"):
             row[field] = row[field].decode()

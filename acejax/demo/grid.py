@@ -19,7 +19,8 @@ def save_grid(path: epath.PathLike, records: Mapping[str, Sequence[Mapping[str, 
 
     count = len(records)
     figure, axes = plt.subplots((count + 1) // 2 * rows, 14, figsize=(15.4, 1.16 * rows * ((count + 1) // 2)),
-                                gridspec_kw={"width_ratios": [0.9, *[1] * 5, 0.15] * 2, "wspace": 0.06, "hspace": 0.12})
+                                gridspec_kw={"width_ratios": [0.9, *[1] * 5, 0.15] * 2, "wspace": 0.06,
+                                             "hspace": 0.12})
     for axis in axes.flat:
         axis.axis("off")
     for number, (task, samples) in enumerate(records.items()):
@@ -29,7 +30,8 @@ def save_grid(path: epath.PathLike, records: Mapping[str, Sequence[Mapping[str, 
             label = f"{task.replace('_', ' ')}\n\n" if line == 0 else ""
             row[0].text(1, 0.5, label + "\n".join(textwrap.wrap(f"“{sample['prompt']}”", 16)), ha="right", va="center",
                         fontsize=9, transform=row[0].transAxes)
-            cells = [_with_mask(sample), *(*sample["references"], None, None)[:2], pictures[task][line], sample["target"]]
+            references = (*sample["references"], None, None)[:2]
+            cells = [_with_mask(sample), *references, pictures[task][line], sample["target"]]
             for axis, cell, title in zip(row[1:], cells, COLUMNS, strict=True):
                 if cell is not None:
                     axis.imshow(cell, interpolation="nearest")

@@ -20,17 +20,19 @@ from acejax.demo.grid import save_grid
 from acejax.demo.pictures import REPAINTING, SIZE, TASKS, samples
 from acejax.demo.surroundings import Autoencoder, encode_pictures, encode_prompts, fit_autoencoder
 from acejax.errors import UserError
-from acejax.train.loop import model_config, train
+from acejax.model.config import MMDiTConfig
+from acejax.train.loop import check, train
 
 TEST_SEED = 1_000_000  # the test pictures are the same for every seed
 
 
 def prepare(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> tuple[epath.Path, Autoencoder, Stream]:
-    """Write the dataset (where it is not there yet), fit the autoencoder, encode the training split.
+    """Check the config, write the dataset (where it is not there yet), fit the autoencoder, encode the training split.
 
     Raises:
-      UserError: batch sizes that are not one for each number of references.
+      UserError: as `acejax.train.loop.check`, or batch sizes that are not one for each number of references.
     """
+    check(config, workdir)
     if len(config.data.batch_sizes) != 3 or min(config.data.batch_sizes) < 1:
         raise UserError(f"config.data.batch_sizes is {config.data.batch_sizes}; expected three positive numbers, for "
                         "0, 1 and 2 references")
@@ -59,9 +61,8 @@ def run(config: ml_collections.ConfigDict, workdir: epath.PathLike, setup_second
     state, spent = train(config, workdir, stream)
     seconds |= spent
     started = time.time()
-    model = model_config(config)
     note = {"seed": config.seed, "steps": config.steps, "train_seconds": round(seconds["train"], 1)}
-    weights.save(workdir / "weights", model, state.params, autoencoder, note)
+    weights.save(workdir / "weights", MMDiTConfig(**config.model), state.params, autoencoder, note)
     editor = weights.load_editor(workdir / "weights", config.evaluate.steps)  # what is judged is what is saved
     test, held = ({task: [row for row in rows if row["task"] == task] for task in TASKS}
                   for rows in (list(dataset.read(folder, split)) for split in ("test", "held")))
@@ -79,8 +80,7 @@ def run(config: ml_collections.ConfigDict, workdir: epath.PathLike, setup_second
 
 def table(report: dict[str, Any]) -> str:
     """The report's scores as text."""
-    head = f"{'task':<15}{'color':>7}{'shape':>7}{'held':>7}{'shuffled':>10}{'copy':>7}{'grey':>7}{'dB box':>8}{'dB copy':>9}"
-    lines = [head]
+    lines = ["task             color  shape   held  shuffled   copy   grey  dB box  dB copy"]
     for task, row in report["tasks"].items():
         lines.append(f"{task:<15}" + "".join(f"{value:>{width}.{digits}f}" for value, width, digits in (
             (row["color_accuracy"], 7, 2), (row["shape_accuracy"], 7, 2), (row["held"]["color_accuracy"], 7, 2),

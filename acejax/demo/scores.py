@@ -32,7 +32,9 @@ def shape_of(picture: np.ndarray, thing: Thing) -> str:
 
 def psnr_box(picture: np.ndarray, truth: np.ndarray, things: tuple[Thing, ...]) -> float:
     """PSNR over the symbols' boxes."""
-    return psnr(*(np.concatenate([_window(image, thing).reshape(-1, 3) for thing in things]) for image in (picture, truth)))
+    def pixels(image):
+        return np.concatenate([_window(image, thing).reshape(-1, 3) for thing in things])
+    return psnr(pixels(picture), pixels(truth))
 
 
 def _window(picture: np.ndarray, thing: Thing) -> np.ndarray:

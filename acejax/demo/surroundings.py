@@ -92,10 +92,11 @@ def encode_prompts(prompts: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
     for line in words:
         unknown = [word for word in line if word not in _TABLE]
         if unknown:
-            raise UserError(f"prompt {' '.join(line)!r}: the small weights do not know {', '.join(map(repr, unknown))}; "
-                            f"they know: {', '.join(WORDS)}")
+            raise UserError(f"prompt {' '.join(line)!r}: the small weights do not know "
+                            f"{', '.join(map(repr, unknown))}; they know: {', '.join(WORDS)}")
         if not 0 < len(line) <= TEXT_TOKENS:
-            raise UserError(f"prompt {' '.join(line)!r} has {len(line)} words; the small weights read 1 to {TEXT_TOKENS}")
+            raise UserError(f"prompt {' '.join(line)!r} has {len(line)} words; the small weights read 1 to "
+                            f"{TEXT_TOKENS}")
     text = np.stack([[_TABLE[word] for word in _fill(line)] for line in words])
     pooled = np.stack([np.sum([_TABLE[word] for word in line], axis=0) / 2 for line in words])
     return (text + _PLACES).astype(np.float32), pooled.astype(np.float32)

@@ -42,8 +42,9 @@ def cut(picture: np.ndarray, crop: Crop, size: int) -> np.ndarray:
     rows, columns = (_mirror(start + np.arange(crop.side), limit)
                      for start, limit in ((crop.top, picture.shape[0]), (crop.left, picture.shape[1])))
     window = Image.fromarray(picture[np.ix_(rows, columns)])
-    resized = np.asarray(window.resize((size, size), Image.Resampling.BOX if picture.ndim == 2 else Image.Resampling.LANCZOS))
-    return np.where(resized > 127, 255, 0).astype(np.uint8) if picture.ndim == 2 else resized
+    if picture.ndim == 2:
+        return np.where(np.asarray(window.resize((size, size), Image.Resampling.BOX)) > 127, 255, 0).astype(np.uint8)
+    return np.asarray(window.resize((size, size), Image.Resampling.LANCZOS))
 
 
 def paste(picture: np.ndarray, result: np.ndarray, crop: Crop, mask: np.ndarray | None) -> np.ndarray:

@@ -8,6 +8,8 @@ from PIL import Image, ImageOps
 
 from acejax.errors import UserError
 
+_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+
 
 def read_picture(path: epath.PathLike) -> np.ndarray:
     """A picture file as [h, w, 3] uint8, upright (EXIF), transparency on white.
@@ -35,7 +37,20 @@ def read_mask(path: epath.PathLike, size: tuple[int, int]) -> np.ndarray:
 
 
 def write_picture(path: epath.PathLike, picture: np.ndarray) -> None:
-    """Write [h, w, 3] uint8 as PNG (or what the suffix says), beside and renamed.
+    """Write [h, w, 3] uint8 in the format that the suffix names, beside and renamed.
+
+    Raises:
+      UserError: as `picture_format`.
+    """
+    path, buffer = epath.Path(path), io.BytesIO()
+    Image.fromarray(picture).save(buffer, picture_format(path))
+    beside = path.parent / f".{path.name}.tmp"
+    beside.write_bytes(buffer.getvalue())
+    beside.replace(path)
+
+
+def picture_format(path: epath.PathLike) -> str:
+    """The format of a file to be written, by its suffix.
 
     Raises:
       UserError: a folder that is not there, or a suffix that names no picture format.
@@ -43,14 +58,9 @@ def write_picture(path: epath.PathLike, picture: np.ndarray) -> None:
     path = epath.Path(path)
     if not path.parent.exists():
         raise UserError(f"{path}: the folder {path.parent} is not there")
-    buffer = io.BytesIO()
-    suffix = path.suffix.lower() or ".png"
-    if suffix not in Image.registered_extensions():
-        raise UserError(f"{path}: {suffix!r} names no picture format; use .png, .jpg or .webp")
-    Image.fromarray(picture).save(buffer, Image.registered_extensions()[suffix])
-    beside = path.parent / f".{path.name}.tmp"
-    beside.write_bytes(buffer.getvalue())
-    beside.replace(path)
+    if path.suffix.lower() not in _FORMATS:
+        raise UserError(f"{path}: {path.suffix!r} names no picture format; use {', '.join(_FORMATS)}")
+    return _FORMATS[path.suffix.lower()]
 
 
 def _open(path: epath.PathLike) -> Image.Image:

@@ -25,9 +25,14 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array | Non
 
     Returns:
       [B, S, heads, head_dim] in q's dtype.
+
+    Raises:
+      ValueError: an unknown implementation.
     """
     if implementation == "auto":
         implementation = "xla" if q.shape[1] <= LONG else "xla_chunked"
+    if implementation not in _IMPLEMENTATIONS:
+        raise ValueError(f"attention {implementation!r} is unknown; known: auto, {', '.join(_IMPLEMENTATIONS)}")
     return _IMPLEMENTATIONS[implementation](q, k, v, lengths)
 
 

@@ -40,7 +40,8 @@ class MMDiTConfig:
         if self.hidden_size % self.num_heads:
             raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
         if sum(self.axes_dim) != self.head_dim or any(dim % 2 for dim in self.axes_dim):
-            raise ValueError(f"axes_dim {self.axes_dim} must be even numbers that add up to the head size {self.head_dim}")
+            raise ValueError(
+                f"axes_dim {self.axes_dim} must be even numbers that add up to the head size {self.head_dim}")
 
     @property
     def head_dim(self) -> int:
@@ -48,7 +49,7 @@ class MMDiTConfig:
 
     @property
     def mlp_size(self) -> int:
-        return int(self.hidden_size * self.mlp_ratio)
+        return round(self.hidden_size * self.mlp_ratio)
 
     @classmethod
     def flux_dev(cls) -> "MMDiTConfig":

@@ -232,8 +232,9 @@ def example(config: MMDiTConfig, batch: int = 1, image: int = 4, text: int = 1, 
     """Abstract tokens of the right shapes, for `init`, `jax.eval_shape` and ahead-of-time compiles."""
     def array(*shape, dtype=dtype):
         return jax.ShapeDtypeStruct((batch, *shape), dtype)
-    return Tokens(array(image, config.in_channels), array(image, 3, dtype=jnp.int32), array(text, config.context_in_dim),
-                  array(config.vec_in_dim), array(dtype=jnp.float32), array(dtype=jnp.float32), array(dtype=jnp.int32))
+    return Tokens(image=array(image, config.in_channels), positions=array(image, 3, dtype=jnp.int32),
+                  text=array(text, config.context_in_dim), pooled=array(config.vec_in_dim),
+                  sigma=array(dtype=jnp.float32), guidance=array(dtype=jnp.float32), lengths=array(dtype=jnp.int32))
 
 
 @functools.partial(jax.jit, static_argnums=0)

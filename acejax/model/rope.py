@@ -35,7 +35,10 @@ def rotations(positions: jax.Array, axes_dim: tuple[int, ...], theta: int) -> tu
 
 
 def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotate the interleaved pairs (x[2n], x[2n + 1]) of x [B, S, heads, head_dim], in float32; x's dtype comes back."""
+    """Rotate the interleaved pairs (x[2n], x[2n + 1]) of x [B, S, heads, head_dim].
+
+    Computed in float32; x's dtype comes back.
+    """
     pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
     even, odd = pairs[..., 0], pairs[..., 1]
     cos, sin = cos[:, :, None], sin[:, :, None]

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from etils import epath
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from acejax.checkpoint import Checkpoints, claim
@@ -26,25 +27,28 @@ from acejax.train.step import StepConfig, TrainState, init_state, train_step
 FREE = ("execution", "mesh", "log_every", "checkpoint_every", "keep_checkpoints")  # how, not what
 
 
-def model_config(config: ml_collections.ConfigDict) -> MMDiTConfig:
-    """The model of a run.
+def check(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> tuple[Mesh, MMDiTConfig, Execution]:
+    """Everything that can be wrong with a run before it starts; binds the workdir to the config.
 
     Raises:
-      UserError: a field that is not the model's, or values that do not make a model.
+      UserError: a model, mesh, batch size or execution that can't be, or a workdir of another config.
     """
+    if config.steps < 1:
+        raise UserError(f"config.steps is {config.steps}; expected at least 1")
+    mesh = meshes.make_mesh(config.mesh)
+    for size in config.data.batch_sizes:
+        rules.check_batch(mesh, size)
     try:
-        return MMDiTConfig(**config.model)
+        model = MMDiTConfig(**config.model)
     except (TypeError, ValueError) as error:
         raise UserError(f"config.model: {error}") from error
-
-
-def execution_of(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> Execution:
-    """How a run is computed on its mesh."""
     try:
-        return Execution(jnp.dtype(config.execution.dtype), config.execution.attention, config.execution.remat,
-                         rules.constrain(mesh))
+        how = config.execution
+        execution = Execution(jnp.dtype(how.dtype), how.attention, how.remat, rules.constrain(mesh))
     except (TypeError, ValueError) as error:
         raise UserError(f"config.execution: {error}") from error
+    claim(workdir, config.to_dict(), FREE)
+    return mesh, model, execution
 
 
 def train(config: ml_collections.ConfigDict, workdir: epath.PathLike, stream: Stream,
@@ -61,14 +65,11 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike, stream: St
       The final state and seconds spent: compile, train.
 
     Raises:
-      UserError: a workdir of another config, a mesh or batch that does not fit.
+      UserError: as `check`.
     """
-    mesh = meshes.make_mesh(config.mesh)
-    for size in stream.batch_sizes.values():
-        rules.check_batch(mesh, size)
-    claim(workdir, config.to_dict(), FREE)
-    setting = StepConfig(model_config(config), execution_of(config, mesh), stream.references, len(stream.tasks),
-                         config.loss.mask_weight, config.loss.sigma_shift, config.seed)
+    mesh, model, execution = check(config, workdir)
+    setting = StepConfig(model, execution, stream.references, len(stream.tasks), config.loss.mask_weight,
+                         config.loss.sigma_shift, config.seed)
     optimizer = make_optimizer(config.optimizer, config.steps)
     started = time.time()
     abstract = jax.eval_shape(functools.partial(init_state, setting, optimizer))
@@ -89,7 +90,8 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike, stream: St
 
     writer = Writer(workdir, start)
     waiting: list[dict[str, jax.Array]] = []
-    started, since = time.time(), start
+    started = logged = time.time()
+    since = start
     bar = tqdm(range(start, stop), initial=start, total=config.steps, unit="step", disable=not sys.stderr.isatty())
     for step in bar:
         bucket, batch = stream[step]
@@ -98,7 +100,7 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike, stream: St
         done = step + 1
         if done % config.log_every == 0 or done == stop:
             values = summarize(jax.device_get(waiting), stream.tasks)
-            values["steps_per_second"] = (done - since) / (time.time() - (started if since == start else logged))
+            values["steps_per_second"] = (done - since) / (time.time() - logged)
             logged, since, waiting = time.time(), done, []
             writer.write(done, values)
             bar.set_postfix(loss=f"{values['loss']:.3f}")

@@ -26,7 +26,8 @@ def test_held_out_pairs_and_the_test_photo_are_never_trained_on(monkeypatch):
     taken = set()
     photo = pictures.photo
     monkeypatch.setattr(pictures, "photo", lambda name: taken.add(name) or photo(name))
-    shown = {(thing.shape, thing.color) for task in TASKS for sample in samples(150, task, 0) for thing in sample.things}
+    shown = {(thing.shape, thing.color)
+             for task in TASKS for sample in samples(150, task, 0) for thing in sample.things}
     assert taken == set(PHOTOS) - {TEST_PHOTO}
     assert not shown & HELD_PAIRS and len(shown) == len(SHAPES) * len(COLORS) - len(HELD_PAIRS)
     for task in TASKS:

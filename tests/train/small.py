@@ -10,13 +10,13 @@ MODEL = {"hidden_size": 32, "num_heads": 2, "depth": 1, "depth_single_blocks": 1
 STEPS = 20
 
 
-def make_config():
+def make_config(batch_sizes: tuple[int, ...] = (16, 8, 8)):
     """configs/demo.py with the tiny model, logging every step."""
     namespace = {}
     exec((folder() / "demo.py").read_text(), namespace)
     config = namespace["get_config"]()
     config.model.update(MODEL)
-    config.update({"steps": STEPS, "log_every": 1, "checkpoint_every": 4})
+    config.update({"steps": STEPS, "log_every": 1, "checkpoint_every": 4, "data": {"batch_sizes": batch_sizes}})
     return config
 
 

@@ -1,0 +1,92 @@
+"""A user's mistakes end in one line and exit code 2, with nothing written; through the real command."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from acejax.cli.main import COMMANDS, main
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder with a picture, masks and a broken file."""
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (90, 120, 3)).astype(np.uint8)).save(tmp_path / "a.png")
+    mask = np.zeros((90, 120), np.uint8)
+    mask[30:60, 40:70] = 255
+    Image.fromarray(mask).save(tmp_path / "m.png")
+    Image.fromarray(mask[:50]).save(tmp_path / "small.png")
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG not really")
+    (tmp_path / "out.png").write_text("precious")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+EDIT = "edit --demo --out=out.png "
+CONFIG = f"--config={ROOT / 'configs' / 'demo.py'} "
+MISTAKES = [
+    ("nosuch", "no command 'nosuch'; the commands are demo, train, edit, bench"),
+    ("edit --prompt=x", "add --demo"),
+    (EDIT, "--prompt is missing"),
+    ("edit --demo --prompt=x", "--out is missing"),
+    (EDIT + "--prompt=x --nosuch=1", "Unknown command line flag 'nosuch'"),
+    (EDIT + "--prompt=x --seed=abc", "seed"),
+    (EDIT + "--image=nosuch.png --mask=m.png --prompt=a_red_heart", "picture nosuch.png: no such file"),
+    (EDIT + "--image=broken.png --mask=m.png --prompt=a_red_heart", "picture broken.png cannot be read"),
+    (EDIT + "--image=a.png --mask=small.png --prompt=a_red_heart",
+     "mask small.png is 120 x 50 pixels (width x height); its picture is 120 x 90"),
+    (EDIT + "--mask=m.png --prompt=a_red_heart", "--mask without --image"),
+    (EDIT + "--image=a.png --mask=m.png --task=upscale --prompt=a_red_heart", "unknown task 'upscale'; the small "
+     "weights know text, insert, recolor, instruct, reference, two_references"),
+    (EDIT + "--image=a.png --task=insert --prompt=a_red_heart",
+     "task insert takes a picture, a mask; given: a picture"),
+    (EDIT + "--image=a.png --mask=m.png --reference=broken.png --prompt=this_heart", "broken.png cannot be read"),
+    (EDIT + "--image=a.png --mask=m.png --prompt=a_red_zebra", "do not know 'zebra'; they know: a, an, and"),
+    (EDIT + "--image=a.png --mask=m.png --weights=. --prompt=a_red_heart", "no demo weights there"),
+    ("edit --demo --image=a.png --mask=m.png --out=no/out.png --prompt=a_red_heart", "the folder no is not there"),
+    ("train --workdir=run", "--config=FILE.py is missing; configs that come with acejax: demo.py"),
+    ("train --config=nosuch.py --workdir=run", "config file nosuch.py is not there"),
+    (f"train {CONFIG}", "--workdir=DIR is missing"),
+    (f"train {CONFIG} --workdir=run --config.nosuch=1", "nosuch"),
+    (f"train {CONFIG} --workdir=run --config.steps=many", "steps"),
+    (f"train {CONFIG} --workdir=run steps=5", "'steps=5' is no flag; write --config.steps=5"),
+    (f"train {CONFIG} --workdir=run --config.model.num_heads=3", "config.model: hidden_size 128 is not a multiple"),
+    (f"train {CONFIG} --workdir=run --config.mesh.fsdp=7", "does not make up"),
+    (f"demo {CONFIG} --workdir=run --config.execution.attention=flash", "'flash'; known: auto"),
+]
+
+
+@pytest.mark.parametrize("line, message", MISTAKES, ids=[line for line, _ in MISTAKES])
+def test_mistakes(line, message, place, capsys):
+    before = {path.name: path.read_bytes() for path in place.iterdir()}
+    assert main([arg.replace("_", " ") if arg.startswith("--prompt") else arg for arg in line.split()]) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("acejax: ") and message in error.splitlines()[-1]
+    assert {path.name: path.read_bytes() for path in place.iterdir()} == before
+
+
+def test_through_the_command(place):
+    """The same in a process of its own: exit code, one line, no traceback."""
+    line = ["-m", "acejax.cli.main", "edit", "--demo", "--image=nosuch.png", "--prompt=x", "--out=o.png"]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, *line], env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "acejax: picture nosuch.png: no such file\n"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help(command, capsys):
+    assert main([command, "--help"]) == 0
+    assert f"usage: acejax {command}" in capsys.readouterr().out
+
+
+def test_usage(capsys):
+    assert main([]) == 2 and main(["--help"]) == 0 and main(["--version"]) == 0
+    assert all(command in capsys.readouterr().out for command in COMMANDS)

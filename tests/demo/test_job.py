@@ -1,0 +1,97 @@
+"""The main job in small: every step of the real line, too short to learn."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from acejax.cli.main import main
+from acejax.demo import evaluate, job
+from acejax.demo.edit import edit
+from acejax.demo.pictures import TASKS, samples
+from acejax.demo.weights import load_editor
+from acejax.edit.files import read_picture
+
+SMALL = ("--config.steps=30 --config.data.samples=40 --config.evaluate.samples=6 --config.evaluate.held=4 "
+         "--config.evaluate.steps=2 --config.log_every=5 --config.model.hidden_size=32 --config.model.num_heads=2 "
+         "--config.model.depth_single_blocks=1 --config.model.axes_dim=(4,6,6)")
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("demo")
+    return workdir, main(["demo", f"--workdir={workdir}", "--setup_seconds=3", *SMALL.split()])
+
+
+def test_the_report_has_every_figure_and_tells_the_truth(done):
+    workdir, code = done
+    report = json.loads((workdir / "report.json").read_text())
+    assert code == 1 and report["passed"] is False and report["missed"], "30 steps cannot pass"
+    assert set(report["tasks"]) == set(TASKS)
+    for row in report["tasks"].values():
+        assert row["samples"] == 6 and row["held"]["samples"] == 4
+        assert {"color_accuracy", "shape_accuracy", "psnr_box", "psnr_box_copy", "shuffled_color_accuracy"} <= set(row)
+        assert all(0 <= row[name] <= 1 for name in row if name.endswith("accuracy"))
+    assert report["tasks"]["recolor"]["copy_color_accuracy"] == report["tasks"]["instruct"]["copy_color_accuracy"] == 0
+    assert report["loss"]["last"] < report["loss"]["first"] and len(report["loss"]["ref"]) == 2
+    assert set(report["seconds"]) == {"setup", "data", "compile", "train", "evaluate"}
+    assert report["steps"] == 30 and report["seed"] == 0 and report["seconds"]["setup"] == 3
+    assert read_picture(workdir / "edits.png").shape[0] > 500
+
+
+def test_the_same_command_again_does_not_train_again(done, capsys):
+    workdir, _ = done
+    before, report = (workdir / "metrics.jsonl").read_text(), json.loads((workdir / "report.json").read_text())
+    assert main(["demo", f"--workdir={workdir}", *SMALL.split()]) == 1
+    assert "resuming" in capsys.readouterr().out
+    assert (workdir / "metrics.jsonl").read_text() == before
+    assert json.loads((workdir / "report.json").read_text())["tasks"] == report["tasks"], "a seed fixes the result"
+
+
+def test_thresholds_can_be_missed_and_met(done):
+    tasks = json.loads((done[0] / "report.json").read_text())["tasks"]
+    good = {task: row | {"color_accuracy": 1.0, "shape_accuracy": 1.0, "shuffled_color_accuracy": 0.1,
+                         "psnr_box": 20.0, "psnr_box_copy": 10.0, "held": {"color_accuracy": 1.0}}
+            for task, row in tasks.items()}
+    assert evaluate.missed(good) == []
+    for task, field, value in (("insert", "shape_accuracy", 0.5), ("text", "color_accuracy", 0.79),
+                               ("reference", "shuffled_color_accuracy", 0.8), ("recolor", "psnr_box", 15.9),
+                               ("instruct", "held", {"color_accuracy": 0.4})):
+        (line,) = evaluate.missed(good | {task: good[task] | {field: value}})
+        assert line.startswith(f"{task}: ")
+
+
+def test_a_shuffled_condition_is_another_samples(done):
+    folder = done[0] / "data" / "condition_units" / "1.0.0"
+    rows = [row for row in job.dataset.read(folder, "test") if row["task"] == "reference"]
+    mixed = evaluate.shuffled(rows)
+    assert all(np.array_equal(mix["references"][0], other["references"][0])
+               for mix, other in zip(mixed, [*rows[1:], rows[0]], strict=True))
+    assert all(mix["prompt"] == row["prompt"] and mix["detail"] == row["detail"]
+               for mix, row in zip(mixed, rows, strict=True))
+
+
+def test_edit_a_picture_of_any_size(done, tmp_path):
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (123, 201, 3)).astype(np.uint8)
+    mask = np.zeros((123, 201), np.uint8)
+    mask[40:80, 100:150] = 255
+    Image.fromarray(image).save(tmp_path / "a.png")
+    Image.fromarray(mask).save(tmp_path / "m.png")
+    line = ["edit", "--demo", f"--weights={done[0] / 'weights'}", "--image", f"{tmp_path}/a.png", "--mask",
+            f"{tmp_path}/m.png", "--prompt", "a red heart", "--seed", "3", "--out"]
+    assert main([*line, f"{tmp_path}/o.png"]) == 0 and main([*line, f"{tmp_path}/again.png"]) == 0
+    result = read_picture(tmp_path / "o.png")
+    assert result.shape == image.shape
+    np.testing.assert_array_equal(result[mask == 0], image[mask == 0])
+    assert (result[mask > 0] != image[mask > 0]).any()
+    assert (tmp_path / "o.png").read_bytes() == (tmp_path / "again.png").read_bytes()
+
+
+def test_every_task_edits(done):
+    editor = load_editor(done[0] / "weights", steps=2)
+    for task in TASKS:
+        sample = next(samples(1, task, 5, "test"))
+        result = edit(editor, sample.prompt, sample.image, sample.mask, sample.references, task)
+        assert result.shape == sample.target.shape

@@ -12,14 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def sample_sigma(key: jax.Array, shape: tuple[int, ...], shift: float = 0.0) -> jax.Array:
-    """Training noise levels, logit-normal(shift, 1), float32 in (0, 1).
+def sample_sigma(key: jax.Array, shape: tuple[int, ...], shift: float = 0.0, spread: float = 1.0) -> jax.Array:
+    """Training noise levels, logit-normal(shift, spread), float32 in (0, 1).
 
-    ACE++ trains with shift 0; it draws from a table of 998 such values fixed at start (ace_plus_ldm.py,
+    ACE++ trains with shift 0 and spread 1; it draws from a table of 998 such values fixed at start (ace_plus_ldm.py,
     `PRE_T_SAMPLE`), ours are fresh ones of the same distribution. A positive shift gives more time to high noise, as
     `schedule` does when sampling: small pictures of little detail show their content early.
     """
-    return jax.nn.sigmoid(jax.random.normal(key, shape, jnp.float32) + shift)
+    return jax.nn.sigmoid(shift + spread * jax.random.normal(key, shape, jnp.float32))
 
 
 def interpolate(x0: jax.Array, noise: jax.Array, sigma: jax.Array) -> jax.Array:

@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict
 
-ZERO_REF = {"text": 0.7, "insert": 1.3, "recolor": 1.0, "instruct": 1.5}
+ZERO_REF = {"text": 0.5, "insert": 1.3, "recolor": 1.0, "instruct": 1.5}
 
 
 def get_config() -> ConfigDict:
@@ -10,7 +10,7 @@ def get_config() -> ConfigDict:
     return ConfigDict({
         "name": "demo",
         "seed": 0,
-        "steps": 5000,
+        "steps": 6000,
         "stages": ({"share": 0.25, "weights": ZERO_REF},
                    {"share": 0.75, "weights": ZERO_REF | {"reference": 2.8, "two_references": 3.2}}),
         "model": {"in_channels": 448, "out_channels": 64, "hidden_size": 128, "num_heads": 4, "depth": 1,
@@ -20,9 +20,9 @@ def get_config() -> ConfigDict:
             "samples": 1200,  # training samples of each task
             "batch_sizes": (16, 8, 8),  # samples of a batch by number of references
         },
-        # ACE++ has 1 and 0: a plain mean over the canvas, noise levels in the middle. A small model on 64 pixels learns
-        # several times faster where it looks at what is generated, and at high noise, where text decides.
-        "loss": {"mask_weight": 4.0, "sigma_shift": 2.0},
+        # ACE++ has 1, 0 and 1: a plain mean over the canvas, noise levels in the middle. A small model on 64 pixels
+        # learns several times faster where it looks at what is generated, and at high noise, where text decides.
+        "loss": {"mask_weight": 4.0, "sigma_shift": 1.2, "sigma_spread": 1.5},
         "optimizer": {"learning_rate": 2e-3, "warmup": 0.02, "b1": 0.9, "b2": 0.99, "weight_decay": 0.01, "clip": 1.0},
         "evaluate": {"samples": 192, "held": 96, "steps": 16},  # test samples a task, held-out pairs, Euler steps
         "mesh": {"data": -1, "fsdp": 1, "tensor": 1, "seq": 1},

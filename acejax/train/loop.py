@@ -69,7 +69,7 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike, stream: St
     """
     mesh, model, execution = check(config, workdir)
     setting = StepConfig(model, execution, stream.references, len(stream.tasks), config.loss.mask_weight,
-                         config.loss.sigma_shift, config.seed)
+                         config.loss.sigma_shift, config.loss.sigma_spread, config.seed)
     optimizer = make_optimizer(config.optimizer, config.steps)
     started = time.time()
     abstract = jax.eval_shape(functools.partial(init_state, setting, optimizer))

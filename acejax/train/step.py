@@ -32,7 +32,7 @@ class StepConfig:
       references: units before the target that L_ref is reported for.
       tasks: number of tasks that losses are reported for.
       mask_weight: weight of the loss where the mask says generate; 1 is ACE++'s plain mean.
-      sigma_shift: shift of the noise levels towards high noise; 0 is ACE++'s.
+      sigma_shift, sigma_spread: of the noise levels' logit-normal distribution; ACE++ has 0 and 1.
     """
 
     config: MMDiTConfig
@@ -41,6 +41,7 @@ class StepConfig:
     tasks: int
     mask_weight: float
     sigma_shift: float
+    sigma_spread: float
     seed: int
 
 
@@ -61,7 +62,7 @@ def loss_fn(params: Any, setting: StepConfig, batch: Batch, key: jax.Array) -> t
     """The velocity loss of a batch at random noise and noise levels; guidance is 1, as ACE++ trains."""
     sigma_key, noise_key = jax.random.split(key)
     x0 = batch["target"]
-    sigma = flow.sample_sigma(sigma_key, x0.shape[:1], setting.sigma_shift)
+    sigma = flow.sample_sigma(sigma_key, x0.shape[:1], setting.sigma_shift, setting.sigma_spread)
     noise = jax.random.normal(noise_key, x0.shape, jnp.float32)
     tokens = tokens_of(batch, flow.interpolate(x0, noise, sigma), sigma, 1.0 if setting.config.guidance_embed else None)
     velocity = apply(setting.config, params, tokens, execution=setting.execution)

@@ -28,7 +28,8 @@ BOUND = {8: 45.0, 64: 15.0}  # GB of state, gradients and temporaries a device
 def main() -> None:
     mesh = meshes.make_mesh({"fsdp": DEVICES})
     execution = acejax.Execution(jnp.bfloat16, "xla_chunked", "full", rules.constrain(mesh))
-    setting = StepConfig(acejax.MMDiTConfig(), execution, references=1, tasks=8, mask_weight=1.0, sigma_shift=0.0, seed=0)
+    setting = StepConfig(acejax.MMDiTConfig(), execution, references=1, tasks=8, mask_weight=1.0, sigma_shift=0.0,
+                         sigma_spread=1.0, seed=0)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-5))
     state = jax.eval_shape(functools.partial(init_state, setting, optimizer))
     placed = rules.shardings(state, mesh)

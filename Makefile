@@ -1,5 +1,5 @@
 # make demo   train the tiny ACE++ on real photos and let it edit them (STEPS=, SEED= change the run)
-# make test   lint and the tests in small counts;  make soak  the same tests in full counts
+# make test   lint and the tests in small counts;  make soak  three demos and the tests in full counts
 # Each makes .venv and installs what it needs; the install is skipped while pyproject.toml is unchanged.
 
 PYTHON ?= python3
@@ -11,6 +11,7 @@ QUICK := --quiet --no-compile
 DEMO_DIR ?= runs/demo
 DEMO_FLAGS = --workdir=$(DEMO_DIR) $(if $(STEPS),--config.steps=$(STEPS)) $(if $(SEED),--config.seed=$(SEED))
 COUNTS ?= small
+JAX ?=
 PYTEST_FLAGS ?=
 
 # The outside judges of parity. The version has a local part (+cpu), so that no GPU build can take its place.
@@ -30,8 +31,8 @@ demo: $(VENV)/.python $(VENV)/.demo
 test: lint
 	ACEJAX_TEST_COUNTS=$(COUNTS) $(BIN)/python -m pytest $(PYTEST_FLAGS)
 
-soak: COUNTS = full
-soak: test
+soak:
+	benchmarks/soak.sh
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -50,7 +51,7 @@ $(VENV)/.demo: pyproject.toml $(VENV)/.python
 
 $(VENV)/.test: pyproject.toml $(VENV)/.python
 	@$(START) if $(TRY) $(TORCH) 2>/dev/null || $(TRY) --extra-index-url $(TORCH_INDEX) $(TORCH) 2>/dev/null; \
-	then install="$(TORCH) --editable .[test,judges]"; \
-	else install="--editable .[test]"; \
+	then install="$(TORCH) --editable .[test,judges] $(JAX)"; \
+	else install="--editable .[test] $(JAX)"; \
 	  echo "No CPU build of PyTorch found: parity is held against the recorded goldens."; fi; \
 	set -x; $(PIP) install $(QUICK) $$install && echo $(SECONDS_SINCE) | tee $@ > $(VENV)/.demo

@@ -15,9 +15,10 @@ from acejax.model.mmdit import Tokens, apply, init
 
 __version__ = "0.1.0"
 
-_LAZY = {"load_mmdit": "acejax.weights.load", "Editor": "acejax.edit.editor"}
+_LAZY = {"load_mmdit": "acejax.weights.load", "save_mmdit": "acejax.weights.save", "Editor": "acejax.edit.editor"}
 
-__all__ = ["Editor", "Execution", "MMDiTConfig", "Tokens", "UserError", "apply", "flow", "init", "lcu", "load_mmdit"]
+__all__ = ["Editor", "Execution", "MMDiTConfig", "Tokens", "UserError", "apply", "flow", "init", "lcu", "load_mmdit",
+           "save_mmdit"]
 
 
 def __getattr__(name: str):

@@ -6,6 +6,7 @@ import pathlib
 import sys
 
 import jax
+from absl import logging
 
 from acejax import __version__
 from acejax.errors import UserError
@@ -33,6 +34,7 @@ def main(argv: list[str] | None = None) -> int:
         if argv[0] not in COMMANDS:
             raise UserError(f"no command {argv[0]!r}; the commands are {', '.join(COMMANDS)}")
         _keep_compiled_programs()
+        logging.set_verbosity(logging.ERROR)  # TFDS and Orbax speak of themselves at length
         command = importlib.import_module(f"acejax.cli.{argv[0]}")
         return command.main(argv[1:])
     except UserError as error:

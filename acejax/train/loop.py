@@ -85,7 +85,7 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike, stream: St
 
     put = functools.partial(_put, rules.batch_sharding(mesh))
     stop = config.steps if until is None else min(until, config.steps)
-    compiled = _compile(state, stream, start, stop, put, placement, setting, optimizer)
+    compiled = {} if start >= stop else _compile(state, stream, start, stop, put, placement, setting, optimizer)
     seconds = {"compile": time.time() - started}
 
     writer = Writer(workdir, start)

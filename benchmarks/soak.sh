@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# The full counts: the demo at three seeds and all tests in full, each Python with its jax. Any length.
+# Results go to benchmarks/results/. PYTHONS names the versions; one that is not installed is reported as such.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+results=benchmarks/results
+mkdir -p "$results"
+failed=0
+
+for seed in 0 1 2; do
+    make demo SEED=$seed DEMO_DIR="runs/seed$seed" || failed=1
+    cp "runs/seed$seed/report.json" "$results/demo_seed$seed.json"
+done
+
+for pair in ${PYTHONS:-3.11:0.10 3.12:0.11 3.13:0.12}; do
+    python=python${pair%:*} jax=${pair#*:}
+    if ! command -v "$python" >/dev/null; then
+        echo "$python is not installed: jax $jax not tested"
+        failed=1
+        continue
+    fi
+    make test COUNTS=full PYTHON="$python" VENV=".venv-$python" JAX="jax==$jax.*" \
+        PYTEST_FLAGS="--junitxml=$results/tests-$python-jax$jax.xml" || failed=1
+done
+exit $failed

@@ -38,7 +38,7 @@ lint: $(VENV)/.test
 	$(BIN)/ruff check .
 
 clean:
-	rm -rf $(VENV) .cache .pytest_cache .ruff_cache build dist runs
+	rm -rf .venv* .cache .pytest_cache .ruff_cache build dist runs
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 $(VENV)/.python:

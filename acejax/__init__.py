@@ -24,6 +24,4 @@ __all__ = ["Editor", "Execution", "MMDiTConfig", "Tokens", "UserError", "apply",
 def __getattr__(name: str):
     if name in _LAZY:
         return getattr(importlib.import_module(_LAZY[name]), name)
-    if name in ("data", "demo", "edit", "parallel", "train", "weights"):
-        return importlib.import_module(f"acejax.{name}")
     raise AttributeError(f"module 'acejax' has no attribute {name!r}")

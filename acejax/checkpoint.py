@@ -3,7 +3,6 @@
 import json
 from typing import Any
 
-import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
@@ -15,7 +14,8 @@ class Checkpoints:
 
     def __init__(self, workdir: epath.PathLike, keep: int = 2):
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
-        self._manager = ocp.CheckpointManager(epath.Path(workdir) / "checkpoints", options=options)
+        self._manager = ocp.CheckpointManager(
+            epath.Path(workdir).expanduser().resolve() / "checkpoints", options=options)  # Orbax wants absolute paths
 
     def latest(self) -> int | None:
         """The newest whole step, or None."""
@@ -40,7 +40,7 @@ def claim(workdir: epath.PathLike, config: dict[str, Any], free: tuple[str, ...]
     Fields below the top-level names in `free` say how a run is computed, not what it computes, and may change.
 
     Raises:
-      UserError: the workdir holds a run of another config, naming the first field that differs.
+      UserError: the workdir holds a run of another config, naming the first field that differs, or can't be written.
     """
     path = epath.Path(workdir) / "config.json"
     config = json.loads(json.dumps(config))
@@ -52,11 +52,13 @@ def claim(workdir: epath.PathLike, config: dict[str, Any], free: tuple[str, ...]
                 raise UserError(
                     f"workdir {workdir} holds a run with config.{field} = {found.get(field)!r}, this one has "
                     f"{wanted.get(field)!r}; give another --workdir, or the config it was started with")
-    if jax.process_index() == 0:
+    try:
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = path.parent / "config.json.tmp"
         beside.write_text(json.dumps(config, indent=2))
         beside.replace(path)
+    except OSError as error:
+        raise UserError(f"workdir {workdir} cannot be written: {error}") from error
 
 
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

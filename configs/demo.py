@@ -8,7 +8,6 @@ ZERO_REF = {"text": 0.5, "insert": 1.3, "recolor": 1.0, "instruct": 1.5}
 def get_config() -> ConfigDict:
     """Everything that a run is made of; a field is changed by `--config.field=value`."""
     return ConfigDict({
-        "name": "demo",
         "seed": 0,
         "steps": 6000,
         "stages": ({"share": 0.25, "weights": ZERO_REF},
@@ -17,6 +16,7 @@ def get_config() -> ConfigDict:
                   "depth_single_blocks": 3, "mlp_ratio": 4.0, "axes_dim": (4, 14, 14), "theta": 10_000,
                   "context_in_dim": 64, "vec_in_dim": 64, "guidance_embed": False},
         "data": {
+            "source": "demo",  # the built-in pictures
             "samples": 1200,  # training samples of each task
             "batch_sizes": (16, 8, 8),  # samples of a batch by number of references
         },

@@ -32,9 +32,10 @@ def parse_flags(command: str, argv: Sequence[str], define: Define) -> flags.Flag
         return None
     try:
         rest = values([command, *argv])[1:]
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"{command}: {lines[0]}") from error
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError, SyntaxError) as error:
+        lines = str(error).strip().strip("\"'").splitlines() or [""]
+        kind = "no such config field: " if isinstance(error, (KeyError, AttributeError)) else ""
+        raise UserError(f"{command}: {kind}{lines[0] or type(error).__name__}") from error
     if rest:
         hint = f"; write --config.{rest[0]}" if re.fullmatch(r"[\w.]+=.*", rest[0]) else ""
         raise UserError(f"{command}: {rest[0]!r} is no flag{hint}")
@@ -48,12 +49,15 @@ def parse_config(command: str, argv: Sequence[str], define: Define,
     Raises:
       UserError: as `parse_flags`; no config, or one that is nowhere.
     """
+    argv = [_find(arg) for arg in argv]
+    path = default and str(folder() / default)
+
     def define_all(values: flags.FlagValues) -> None:
-        config_flags.DEFINE_config_file("config", default and str(folder() / default), "The run's config file.",
-                                        flag_values=values)
+        config_flags.DEFINE_config_file("config", path, "The run's config file.", flag_values=values,
+                                        sys_argv=[command, *argv])
         define(values)
 
-    values = parse_flags(command, [_find(arg) for arg in argv], define_all)
+    values = parse_flags(command, argv, define_all)
     if values is None:
         return None
     config = values["config"].value

@@ -19,18 +19,20 @@ def main(argv: Sequence[str]) -> int:
     for name in ("prompt", "out"):
         if not flag[name]:
             raise UserError(f"edit: --{name} is missing")
-    from acejax.demo.edit import edit
+    from acejax.demo.edit import check_inputs, edit
     from acejax.demo.weights import SHIPPED, load_editor
     from acejax.edit.files import picture_format, read_mask, read_picture, write_picture
 
     picture_format(flag["out"])  # before the work
-    image = read_picture(flag["image"]) if flag["image"] else None
-    if flag["mask"] and image is None:
+    if flag["mask"] and not flag["image"]:
         raise UserError("edit: --mask without --image")
+    task = check_inputs(flag["prompt"], bool(flag["image"]), bool(flag["mask"]), len(flag["reference"] or ()),
+                        flag["task"])
+    image = read_picture(flag["image"]) if flag["image"] else None
     mask = read_mask(flag["mask"], image.shape[:2]) if flag["mask"] else None
     references = [read_picture(path) for path in flag["reference"] or ()]
     editor = load_editor(flag["weights"] or SHIPPED)
-    write_picture(flag["out"], edit(editor, flag["prompt"], image, mask, references, flag["task"], flag["seed"]))
+    write_picture(flag["out"], edit(editor, flag["prompt"], image, mask, references, task, flag["seed"]))
     print(f"wrote {flag['out']}")
     return 0
 

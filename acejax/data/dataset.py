@@ -8,6 +8,7 @@ Any TFDS dataset with these features can be trained on:
   detail: text, free (the built-in pictures keep there what their scores need)
 """
 
+import contextlib
 import io
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -60,7 +61,9 @@ def record(task: str, prompt: str, target: np.ndarray, image: np.ndarray | None 
 def build(data_dir: epath.PathLike, splits: Mapping[str, Callable[[], Iterable[Record]]]) -> epath.Path:
     """Write the dataset below `data_dir` (nothing is done where it stands already); returns its folder."""
     builder = ConditionUnits(splits, data_dir=str(data_dir))
-    builder.download_and_prepare()
+    tfds.disable_progress_bar()  # they are many, and short
+    with contextlib.redirect_stdout(None):  # TFDS tells of a download that there is not
+        builder.download_and_prepare()
     return epath.Path(builder.data_dir)
 
 

@@ -75,8 +75,8 @@ class Stream:
 
     def _batch(self, number: int, bucket: int, index: int) -> dict[str, np.ndarray]:
         size = self.batch_sizes[bucket]
-        share = range(jax.process_index(), size, jax.process_count())
-        rows = [self._sources[number][bucket][index * size + i] for i in share]
+        share = np.array_split(np.arange(size), jax.process_count())[jax.process_index()]  # this process's rows
+        rows = [self._sources[number][bucket][index * size + int(i)] for i in share]
         return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
     def _mixtures(self, number: int, stage: Stage, tables: Mapping[str, Features]) -> dict[int, grain.MapDataset]:

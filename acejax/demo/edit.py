@@ -12,39 +12,46 @@ from acejax.errors import UserError
 # task: needs a picture, needs a mask, number of references
 NEEDS = {"text": (False, False, 0), "insert": (True, True, 0), "recolor": (True, True, 0),
          "instruct": (True, False, 0), "reference": (True, True, 1), "two_references": (True, True, 2)}
-SHARE = 0.5  # of the window's side that the mask takes, as in training
+SHARE = {"two_references": 1.0}  # of the window's side that the mask takes, as in training; else half
 
 
-def task_of(prompt: str, image: bool, mask: bool, references: int) -> str:
-    """The task that these inputs stand for."""
-    if references:
-        return "reference" if references == 1 else "two_references"
-    if not image:
-        return "text"
-    if not mask:
-        return "instruct"
-    return "recolor" if prompt.lower().startswith("make ") else "insert"
+def check_inputs(prompt: str, image: bool, mask: bool, references: int, task: str | None = None) -> str:
+    """The task that these inputs stand for, or `task` where they are its inputs.
+
+    Raises:
+      UserError: an unknown task, or inputs that are not the task's.
+    """
+    if task is None:
+        if references:
+            task = "reference" if references == 1 else "two_references"
+        elif not image:
+            task = "text"
+        elif not mask:
+            task = "instruct"
+        else:
+            task = "recolor" if prompt.lower().startswith("make ") else "insert"
+    if task not in NEEDS:
+        raise UserError(f"unknown task {task!r}; the small weights know {', '.join(TASKS)}")
+    if (image, mask, references) != NEEDS[task]:
+        raise UserError(f"task {task} takes {_inputs(*NEEDS[task])}; given: {_inputs(image, mask, references)}")
+    return task
 
 
 def edit(editor: Editor, prompt: str, image: np.ndarray | None, mask: np.ndarray | None,
          references: Sequence[np.ndarray] = (), task: str | None = None, seed: int = 0) -> np.ndarray:
     """Edit a picture [h, w, 3] of any size inside its mask [h, w] (uint8); every other pixel stays as it is.
 
+    Without a mask (instruct) the whole picture is worked at 64 x 64 and comes back at its size, blurred by that.
     Without a picture the result is 64 x 64. References are seen whole.
 
     Raises:
       UserError: an unknown task, or inputs that are not the task's.
     """
-    task = task or task_of(prompt, image is not None, mask is not None, len(references))
-    if task not in NEEDS:
-        raise UserError(f"unknown task {task!r}; the small weights know {', '.join(TASKS)}")
-    given = (image is not None, mask is not None, len(references))
-    if given != NEEDS[task]:
-        raise UserError(f"task {task} takes {_inputs(*NEEDS[task])}; given: {_inputs(*given)}")
+    task = check_inputs(prompt, image is not None, mask is not None, len(references), task)
     scale = REPAINTING.get(task, 1.0)
     if image is None:
         return editor(prompt, size=(SIZE, SIZE), scale=scale, seed=seed)
-    window = crops.whole(image.shape[:2]) if mask is None else crops.around(mask, SHARE)
+    window = crops.whole(image.shape[:2]) if mask is None else crops.around(mask, SHARE.get(task, 0.5))
     seen = None if mask is None else _boxes(crops.cut(mask, window, SIZE), 2 if task == "two_references" else 1)
     shown = [crops.cut(reference, crops.whole(reference.shape[:2]), SIZE) for reference in references]
     result = editor(prompt, crops.cut(image, window, SIZE), seen, shown, scale=scale, seed=seed)

@@ -71,7 +71,7 @@ def missed(report: Mapping[str, Any]) -> list[str]:
     lines = []
 
     def check(name: str, found: float, least: float | None) -> None:
-        if least is not None and found < least:
+        if least is not None and not found >= least:  # NaN falls short too
             lines.append(f"{name} is {found:.3f}; expected at least {least:.3f}")
 
     for task, (color, shape, held) in THRESHOLDS.items():

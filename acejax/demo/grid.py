@@ -17,7 +17,7 @@ def save_grid(path: epath.PathLike, records: Mapping[str, Sequence[Mapping[str, 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    count = len(records)
+    count, rows = len(records), min(rows, *(len(samples) for samples in records.values()))
     figure, axes = plt.subplots((count + 1) // 2 * rows, 14, figsize=(15.4, 1.16 * rows * ((count + 1) // 2)),
                                 gridspec_kw={"width_ratios": [0.9, *[1] * 5, 0.15] * 2, "wspace": 0.06,
                                              "hspace": 0.12})

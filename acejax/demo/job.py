@@ -11,6 +11,7 @@ import ml_collections
 import numpy as np
 from etils import epath
 
+from acejax.checkpoint import claim
 from acejax.data import dataset
 from acejax.data.cache import tabulate
 from acejax.data.canvas import normalize
@@ -18,30 +19,50 @@ from acejax.data.stream import Stage, Stream
 from acejax.demo import evaluate, weights
 from acejax.demo.grid import save_grid
 from acejax.demo.pictures import REPAINTING, SIZE, TASKS, samples
-from acejax.demo.surroundings import Autoencoder, encode_pictures, encode_prompts, fit_autoencoder
+from acejax.demo.surroundings import TEXT_WIDTH, Autoencoder, encode_pictures, encode_prompts, fit_autoencoder
 from acejax.errors import UserError
 from acejax.model.config import MMDiTConfig
-from acejax.train.loop import check, train
+from acejax.train import loop
 
 TEST_SEED = 1_000_000  # the test pictures are the same for every seed
+FIT_PICTURES = 1500  # that the autoencoder is fitted to
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+    """What the built-in pictures ask of a config; nothing is written.
+
+    Raises:
+      UserError: as `acejax.train.loop.check`, or data, stages, evaluation or text sizes that can't be.
+    """
+    loop.check(config)
+    if config.data.source != "demo":
+        raise UserError(f"config.data.source is {config.data.source!r}; so far there is 'demo', the built-in pictures")
+    if len(config.data.batch_sizes) != 3 or min(config.data.batch_sizes) < 1 or config.data.samples < 1:
+        raise UserError(f"config.data is {dict(config.data)}; expected samples, and three batch sizes, for 0, 1 and 2 "
+                        "references")
+    if min(config.evaluate.samples, config.evaluate.held) < 2 or config.evaluate.steps < 1:
+        raise UserError(f"config.evaluate is {dict(config.evaluate)}; expected at least 2 samples, 2 held and 1 step")
+    unknown = {task for stage in config.stages for task in stage["weights"]} - set(TASKS)
+    if unknown:
+        raise UserError(f"config.stages: unknown task {', '.join(sorted(unknown))}; known: {', '.join(TASKS)}")
+    if (config.model.context_in_dim, config.model.vec_in_dim) != (TEXT_WIDTH, TEXT_WIDTH):
+        raise UserError(f"config.model.context_in_dim and vec_in_dim must be {TEXT_WIDTH}, the text encoder's width")
 
 
 def prepare(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> tuple[epath.Path, Autoencoder, Stream]:
     """Check the config, write the dataset (where it is not there yet), fit the autoencoder, encode the training split.
 
     Raises:
-      UserError: as `acejax.train.loop.check`, or batch sizes that are not one for each number of references.
+      UserError: as `check` and `acejax.train.loop.check`, or a workdir of another config.
     """
-    check(config, workdir)
-    if len(config.data.batch_sizes) != 3 or min(config.data.batch_sizes) < 1:
-        raise UserError(f"config.data.batch_sizes is {config.data.batch_sizes}; expected three positive numbers, for "
-                        "0, 1 and 2 references")
+    check(config)
+    claim(workdir, config.to_dict(), loop.FREE)
     folder = dataset.build(epath.Path(workdir) / "data", {
         "train": lambda: _records(config.data.samples, config.seed, "train"),
         "test": lambda: _records(config.evaluate.samples, TEST_SEED, "test"),
         "held": lambda: _records(config.evaluate.held, TEST_SEED, "held")})
     rows = dataset.read(folder, "train")
-    picks = np.random.default_rng(config.seed).permutation(len(rows))[:1500]
+    picks = np.random.default_rng(config.seed).permutation(len(rows))[:FIT_PICTURES]
     autoencoder = fit_autoencoder(normalize(np.stack([rows[int(index)]["target"] for index in picks])))
     tables = tabulate((rows[index] for index in range(len(rows))), REPAINTING,
                       lambda pictures: encode_pictures(autoencoder, pictures), encode_prompts)
@@ -58,10 +79,11 @@ def run(config: ml_collections.ConfigDict, workdir: epath.PathLike, setup_second
     folder, autoencoder, stream = prepare(config, workdir)
     seconds = {"setup": setup_seconds, "data": time.time() - started}
 
-    state, spent = train(config, workdir, stream)
+    state, spent = loop.train(config, workdir, stream)
     seconds |= spent
     started = time.time()
-    note = {"seed": config.seed, "steps": config.steps, "train_seconds": round(seconds["train"], 1)}
+    note = {"command": f"acejax demo --config.seed={config.seed} --config.steps={config.steps}",
+            "train_seconds": round(seconds["train"], 1)}
     weights.save(workdir / "weights", MMDiTConfig(**config.model), state.params, autoencoder, note)
     editor = weights.load_editor(workdir / "weights", config.evaluate.steps)  # what is judged is what is saved
     test, held = ({task: [row for row in rows if row["task"] == task] for task in TASKS}
@@ -103,4 +125,3 @@ def _losses(workdir: epath.Path) -> dict[str, Any]:
     last = lines[-1]
     return {"first": lines[0]["loss"], "last": last["loss"], "tar": last["L_tar"],
             "ref": [value for name, value in sorted(last.items()) if name.startswith("L_ref/")]}
-

@@ -1,5 +1,6 @@
 """The demo's own small weights: the transformer in BFL's layout and the autoencoder, with a note of how they came."""
 
+import dataclasses
 import json
 from typing import Any
 
@@ -15,17 +16,18 @@ from acejax.model.config import MMDiTConfig
 from acejax.weights.load import load_mmdit
 from acejax.weights.save import save_mmdit
 
-SHIPPED = epath.Path(__file__).parent / "weights"
+SHIPPED = epath.Path(__file__).parent / "small_weights"
 
 
 def save(folder: epath.PathLike, config: MMDiTConfig, params: Any, autoencoder: Autoencoder,
          note: dict[str, Any]) -> None:
-    """Write `mmdit.safetensors` (bfloat16), `autoencoder.safetensors` and `weights.json` into a folder."""
+    """Write `mmdit.safetensors` (bfloat16), `autoencoder.safetensors` and, when they are whole, `weights.json`."""
     folder = epath.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "weights.json").unlink(missing_ok=True)
     save_mmdit(folder / "mmdit.safetensors", config, params, dtype="bfloat16")
     save_file({name: np.asarray(value) for name, value in autoencoder.items()}, folder / "autoencoder.safetensors")
-    (folder / "weights.json").write_text(json.dumps(note | {"config": config.__dict__}, indent=2) + "\n")
+    (folder / "weights.json").write_text(json.dumps(note | {"config": dataclasses.asdict(config)}, indent=2) + "\n")
 
 
 def load_editor(folder: epath.PathLike = SHIPPED, steps: int = 16) -> Editor:

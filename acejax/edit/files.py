@@ -17,7 +17,7 @@ def read_picture(path: epath.PathLike) -> np.ndarray:
     Raises:
       UserError: the file is missing, or no picture that can be read whole.
     """
-    image = ImageOps.exif_transpose(_open(path)).convert("RGBA")
+    image = _open(path).convert("RGBA")
     return np.asarray(Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB"))
 
 
@@ -27,7 +27,7 @@ def read_mask(path: epath.PathLike, size: tuple[int, int]) -> np.ndarray:
     Raises:
       UserError: unreadable, of another size (height, width) than its picture, or without a white pixel.
     """
-    mask = np.where(np.asarray(ImageOps.exif_transpose(_open(path)).convert("L")) > 127, 255, 0).astype(np.uint8)
+    mask = np.where(np.asarray(_open(path).convert("L")) > 127, 255, 0).astype(np.uint8)
     if mask.shape != tuple(size):
         raise UserError(f"mask {path} is {mask.shape[1]} x {mask.shape[0]} pixels (width x height); its picture is "
                         f"{size[1]} x {size[0]}")
@@ -45,8 +45,12 @@ def write_picture(path: epath.PathLike, picture: np.ndarray) -> None:
     path, buffer = epath.Path(path), io.BytesIO()
     Image.fromarray(picture).save(buffer, picture_format(path))
     beside = path.parent / f".{path.name}.tmp"
-    beside.write_bytes(buffer.getvalue())
-    beside.replace(path)
+    try:
+        beside.write_bytes(buffer.getvalue())
+        beside.replace(path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise UserError(f"{path} cannot be written: {error}") from error
 
 
 def picture_format(path: epath.PathLike) -> str:
@@ -58,18 +62,23 @@ def picture_format(path: epath.PathLike) -> str:
     path = epath.Path(path)
     if not path.parent.exists():
         raise UserError(f"{path}: the folder {path.parent} is not there")
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; expected a file to write")
     if path.suffix.lower() not in _FORMATS:
         raise UserError(f"{path}: {path.suffix!r} names no picture format; use {', '.join(_FORMATS)}")
     return _FORMATS[path.suffix.lower()]
 
 
 def _open(path: epath.PathLike) -> Image.Image:
+    """A picture file decoded whole, upright, 8 bits a channel."""
     path = epath.Path(path)
     if not path.exists() or path.is_dir():
         raise UserError(f"picture {path}: no such file")
     try:
-        image = Image.open(io.BytesIO(path.read_bytes()))
+        image = ImageOps.exif_transpose(Image.open(io.BytesIO(path.read_bytes())))
         image.load()
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"picture {path} cannot be read: {error}") from error
+    if image.mode.startswith("I"):  # 16 bits; Pillow would clip them at 255
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     return image

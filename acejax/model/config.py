@@ -19,7 +19,7 @@ class MMDiTConfig:
     ACE++ LoRA: noisy, edit, mask) or 448 (ACE++ FFT: noisy, edit, modify, mask).
 
     Raises:
-      ValueError: heads that do not divide the width, or rope axes that do not fill a head.
+      ValueError: a size that is not positive, heads that do not divide the width, or rope axes that do not fill a head.
     """
 
     in_channels: int = 448
@@ -37,6 +37,9 @@ class MMDiTConfig:
 
     def __post_init__(self):
         object.__setattr__(self, "axes_dim", tuple(self.axes_dim))
+        for field in dataclasses.fields(self):
+            if field.name not in ("axes_dim", "guidance_embed") and not getattr(self, field.name) > 0:
+                raise ValueError(f"{field.name} is {getattr(self, field.name)}; expected a positive number")
         if self.hidden_size % self.num_heads:
             raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
         if sum(self.axes_dim) != self.head_dim or any(dim % 2 for dim in self.axes_dim):
@@ -102,6 +105,7 @@ class Execution:
     constrain: Callable[[jax.Array, str], jax.Array] = keep
 
     def __post_init__(self):
+        object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
         for field, known in (("attention", ATTENTION), ("remat", REMAT)):
             if getattr(self, field) not in known:
                 raise ValueError(f"Execution.{field} is {getattr(self, field)!r}; known: {', '.join(known)}")

@@ -76,8 +76,8 @@ def rms_norm(x: jax.Array, scale: jax.Array) -> jax.Array:
 gelu = functools.partial(nn.gelu, approximate=True)
 
 
-class Stream(nn.Module):
-    """The weights of one residual stream in one block, in two steps: before and after attention.
+class StreamLayers(nn.Module):
+    """The layers of one residual stream in one block, in two steps: before and after attention.
 
     A double block's stream modulates attention and MLP apart (6 vectors) and runs the MLP on what attention made; a
     single block (`parallel`) shares 3 vectors and runs both beside each other.
@@ -142,8 +142,8 @@ class DoubleBlock(nn.Module):
     @nn.compact
     def __call__(self, streams, vec, rope, lengths):
         text, image = (self.execution.constrain(x, "hidden") for x in streams)
-        text_stream = Stream(self.config, self.execution, name="txt")
-        image_stream = Stream(self.config, self.execution, name="img")
+        text_stream = StreamLayers(self.config, self.execution, name="txt")
+        image_stream = StreamLayers(self.config, self.execution, name="img")
         text_qkv, text_kept = text_stream.before(text, vec)
         image_qkv, image_kept = image_stream.before(image, vec)
         qkv = [jnp.concatenate(pair, axis=1) for pair in zip(text_qkv, image_qkv, strict=True)]
@@ -154,7 +154,7 @@ class DoubleBlock(nn.Module):
         return (text, image), None
 
 
-class SingleBlock(Stream):
+class SingleBlock(StreamLayers):
     """One stream over text and image together; attention and MLP side by side."""
 
     parallel: bool = True

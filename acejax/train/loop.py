@@ -27,14 +27,18 @@ from acejax.train.step import StepConfig, TrainState, init_state, train_step
 FREE = ("execution", "mesh", "log_every", "checkpoint_every", "keep_checkpoints")  # how, not what
 
 
-def check(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> tuple[Mesh, MMDiTConfig, Execution]:
-    """Everything that can be wrong with a run before it starts; binds the workdir to the config.
+def check(config: ml_collections.ConfigDict) -> tuple[Mesh, MMDiTConfig, Execution]:
+    """What can be wrong with a run before it starts; nothing is written.
 
     Raises:
-      UserError: a model, mesh, batch size or execution that can't be, or a workdir of another config.
+      UserError: a model, mesh, batch size or execution that can't be.
     """
-    if config.steps < 1:
-        raise UserError(f"config.steps is {config.steps}; expected at least 1")
+    if jax.process_count() > 1:
+        raise UserError("training over several processes is not there yet; one process drives all devices of a host")
+    if config.steps < 1 or config.seed < 0:
+        raise UserError(f"config.steps is {config.steps} and config.seed {config.seed}; expected at least 1 and 0")
+    if not 0 <= config.optimizer.warmup < 1:
+        raise UserError(f"config.optimizer.warmup is {config.optimizer.warmup}; expected a share below 1 of the steps")
     mesh = meshes.make_mesh(config.mesh)
     for size in config.data.batch_sizes:
         rules.check_batch(mesh, size)
@@ -47,7 +51,8 @@ def check(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> tuple[M
         execution = Execution(jnp.dtype(how.dtype), how.attention, how.remat, rules.constrain(mesh))
     except (TypeError, ValueError) as error:
         raise UserError(f"config.execution: {error}") from error
-    claim(workdir, config.to_dict(), FREE)
+    if model.in_channels != 448:
+        raise UserError(f"config.model.in_channels is {model.in_channels}; the data makes 448 (edit, modify and mask)")
     return mesh, model, execution
 
 
@@ -65,9 +70,10 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike, stream: St
       The final state and seconds spent: compile, train.
 
     Raises:
-      UserError: as `check`.
+      UserError: as `check`, or a workdir of another config.
     """
-    mesh, model, execution = check(config, workdir)
+    mesh, model, execution = check(config)
+    claim(workdir, config.to_dict(), FREE)
     setting = StepConfig(model, execution, stream.references, len(stream.tasks), config.loss.mask_weight,
                          config.loss.sigma_shift, config.loss.sigma_spread, config.seed)
     optimizer = make_optimizer(config.optimizer, config.steps)
@@ -100,6 +106,7 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike, stream: St
         done = step + 1
         if done % config.log_every == 0 or done == stop:
             values = summarize(jax.device_get(waiting), stream.tasks)
+            values["seconds"] = writer.seconds + time.time() - started  # of training, interruptions left out
             values["steps_per_second"] = (done - since) / (time.time() - logged)
             logged, since, waiting = time.time(), done, []
             writer.write(done, values)
@@ -109,7 +116,7 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike, stream: St
                 print(f"step {done}/{config.steps}  loss {values['loss']:.4f}  {left:.0f} s left", flush=True)
         if done % config.checkpoint_every == 0 or done == stop:
             checkpoints.save(done, state)
-    seconds["train"] = time.time() - started
+    seconds["train"] = writer.seconds + time.time() - started if start < stop else writer.seconds
     checkpoints.close()
     writer.close()
     return state, seconds

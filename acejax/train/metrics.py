@@ -31,18 +31,20 @@ def summarize(steps: Sequence[dict[str, np.ndarray]], tasks: Sequence[str]) -> d
 class Writer:
     """Appends to `<workdir>/metrics.jsonl` and TensorBoard event files.
 
-    A resumed run first drops the lines after its step: they will be written again.
+    A resumed run first drops the lines after its step, which will be written again, and any that a kill cut short.
+    `seconds` is the training time that the kept lines tell of.
     """
 
     def __init__(self, workdir: epath.PathLike, step: int):
         from tensorboardX import SummaryWriter
 
         self._path = epath.Path(workdir) / "metrics.jsonl"
-        kept = [line for line in self._path.read_text().splitlines() if json.loads(line)["step"] <= step] \
-            if self._path.exists() else []
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._path.write_text("".join(f"{line}\n" for line in kept))
-        self._board = SummaryWriter(str(workdir), purge_step=step)
+        kept = [line for line in _lines(self._path) if line["step"] <= step]
+        self.seconds = kept[-1].get("seconds", 0.0) if kept else 0.0
+        beside = self._path.parent / "metrics.jsonl.tmp"
+        beside.write_text("".join(f"{json.dumps(line)}\n" for line in kept))
+        beside.replace(self._path)
+        self._board = SummaryWriter(str(workdir), purge_step=step + 1)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         with self._path.open("a") as file:
@@ -52,3 +54,14 @@ class Writer:
 
     def close(self) -> None:
         self._board.close()
+
+
+def _lines(path: epath.Path) -> list[dict[str, Any]]:
+    """The whole lines of a JSONL file, none if it is not there."""
+    lines = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return lines

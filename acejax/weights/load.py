@@ -35,7 +35,7 @@ class Stored:
         return self.file.get_slice(self.key)[region]
 
 
-def load_mmdit(path: str | os.PathLike, config: MMDiTConfig | None = None,
+def load_mmdit(path: str | os.PathLike, config: MMDiTConfig | None = None, *,
                dtype: Any = None) -> tuple[MMDiTConfig, Params]:
     """Read a FLUX or ACE++ transformer, one leaf at a time from a memory map.
 

@@ -1,6 +1,7 @@
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -35,6 +36,7 @@ def test_losses_fall_and_parts_are_reported(whole_run):
 
 def test_an_interrupted_run_has_the_losses_of_an_uninterrupted_one(whole_run, tmp_path):
     train(make_config(), tmp_path, make_stream(), until=7)
+    shutil.rmtree(tmp_path / "checkpoints" / "7")  # as killed: what is left was saved while training went on
     changed = make_config()
     changed.execution.remat = "full"  # how a run is computed may change
     train(make_config(), tmp_path, make_stream(), until=13)
@@ -72,6 +74,15 @@ def test_mistakes_leave_nothing_behind(tmp_path):
         with pytest.raises(UserError, match=message):
             train(config, tmp_path / "run", make_stream())
     assert not (tmp_path / "run").exists()
+
+
+def test_a_relative_workdir_and_a_log_cut_short(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train(make_config(), "run", make_stream(), until=4)
+    with pathlib.Path("run/metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "lo')
+    train(make_config(), "run", make_stream(), until=6)
+    assert len(losses(tmp_path / "run")) == 6
 
 
 def test_eight_devices_train_as_one(whole_run, tmp_path):

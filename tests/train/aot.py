@@ -45,7 +45,7 @@ def main() -> None:
                    out_shardings=(placed, None))
     memory = step.lower(state, batch).compile().memory_analysis()
     arguments, temporaries = memory.argument_size_in_bytes / GB, memory.temp_size_in_bytes / GB
-    print(f"12B training step, {DEVICES} devices, each: {arguments:.1f} GB of state, {temporaries:.1f} GB of temporaries")
+    print(f"12B training step, {DEVICES} devices, each: {arguments:.1f} GB of state, {temporaries:.1f} GB of scratch")
     if arguments + temporaries > BOUND.get(DEVICES, 80.0):
         sys.exit(f"more than the {BOUND.get(DEVICES)} GB expected of a device")
 

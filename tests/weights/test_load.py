@@ -99,7 +99,8 @@ def test_dtypes(tmp_path, state):
     params = load_mmdit(path, MODEL)[1]
     assert_same(params, keymaps.from_foreign(MODEL, half.__getitem__, "bfl"))
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.bfloat16)}
-    assert_same(load_mmdit(path, MODEL, jnp.float32)[1], jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params))
+    cast = load_mmdit(path, MODEL, dtype=jnp.float32)[1]
+    assert_same(cast, jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params))
 
     save_mmdit(tmp_path / "f16", MODEL, params, dtype=np.float16)
     with safe_open(tmp_path / "f16", framework="numpy") as file:

@@ -10,6 +10,7 @@ from ml_collections import config_flags
 
 from acejax.errors import UserError
 
+CPU_DEVICES = 2
 Define = Callable[[flags.FlagValues], None]
 
 

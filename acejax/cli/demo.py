@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from acejax.cli.config import parse_config
+from acejax.cli.config import CPU_DEVICES, parse_config
 
 
 def main(argv: Sequence[str]) -> int:
@@ -14,7 +14,9 @@ def main(argv: Sequence[str]) -> int:
         return 0
     values, config = parsed
     from acejax.demo.job import run, table
+    from acejax.parallel.mesh import split_cpu
 
+    split_cpu(values["cpu_devices"].value)
     report = run(config, values["workdir"].value, values["setup_seconds"].value)
     print(f"\n{table(report)}\n\nseconds: {report['seconds']}")
     print(f"pictures: {values['workdir'].value}/edits.png   report: {values['workdir'].value}/report.json")
@@ -25,6 +27,8 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _define(values: flags.FlagValues) -> None:
+    flags.DEFINE_integer("cpu_devices", CPU_DEVICES, "Devices that the CPU stands for, where there is no accelerator; a "
+                         "result is repeated with the same number.", flag_values=values)
     flags.DEFINE_string("workdir", "runs/demo", "Where everything is written; the same command again resumes.",
                         flag_values=values)
     flags.DEFINE_float("setup_seconds", 0.0, "Seconds the installation took, for the report.", flag_values=values)

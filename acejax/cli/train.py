@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from acejax.cli.config import parse_config
+from acejax.cli.config import CPU_DEVICES, parse_config
 from acejax.errors import UserError
 
 
@@ -18,8 +18,10 @@ def main(argv: Sequence[str]) -> int:
     if workdir is None:
         raise UserError("train: --workdir=DIR is missing")
     from acejax.demo import job
+    from acejax.parallel.mesh import split_cpu
     from acejax.train.loop import train
 
+    split_cpu(values["cpu_devices"].value)
     _, _, stream = job.prepare(config, workdir)
     _, seconds = train(config, workdir, stream)
     print(f"trained to step {config.steps}: {', '.join(f'{name} {value:.0f} s' for name, value in seconds.items())}")
@@ -27,4 +29,6 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _define(values: flags.FlagValues) -> None:
+    flags.DEFINE_integer("cpu_devices", CPU_DEVICES, "Devices that the CPU stands for, where there is no accelerator; a "
+                         "result is repeated with the same number.", flag_values=values)
     flags.DEFINE_string("workdir", None, "Where checkpoints and metrics go.", flag_values=values)

@@ -27,8 +27,8 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _define(values: flags.FlagValues) -> None:
-    flags.DEFINE_integer("cpu_devices", CPU_DEVICES, "Devices that the CPU stands for, where there is no accelerator; a "
-                         "result is repeated with the same number.", flag_values=values)
+    flags.DEFINE_integer("cpu_devices", CPU_DEVICES, "Devices that a CPU stands for; a result is repeated with the "
+                         "same number.", flag_values=values)
     flags.DEFINE_string("workdir", "runs/demo", "Where everything is written; the same command again resumes.",
                         flag_values=values)
     flags.DEFINE_float("setup_seconds", 0.0, "Seconds the installation took, for the report.", flag_values=values)

@@ -29,6 +29,6 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _define(values: flags.FlagValues) -> None:
-    flags.DEFINE_integer("cpu_devices", CPU_DEVICES, "Devices that the CPU stands for, where there is no accelerator; a "
-                         "result is repeated with the same number.", flag_values=values)
+    flags.DEFINE_integer("cpu_devices", CPU_DEVICES, "Devices that a CPU stands for; a result is repeated with the "
+                         "same number.", flag_values=values)
     flags.DEFINE_string("workdir", None, "Where checkpoints and metrics go.", flag_values=values)

@@ -39,8 +39,8 @@ def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[jax.Devi
 def split_cpu(devices: int) -> None:
     """Let the CPU stand for several devices; call it before jax starts.
 
-    A small model runs faster as data-parallel single threads than as one program over all threads. Nothing happens where
-    a backend runs already, or XLA_FLAGS says how many there are.
+    A small model runs faster as data-parallel single threads than as one program over all threads. Nothing happens
+    where a backend runs already, or XLA_FLAGS says how many there are.
     """
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         with contextlib.suppress(RuntimeError):  # jax has started

@@ -11,6 +11,7 @@ from ml_collections import config_flags
 from acejax.errors import UserError
 
 CPU_DEVICES = 2
+QUOTES = "\"'"
 Define = Callable[[flags.FlagValues], None]
 
 
@@ -34,9 +35,9 @@ def parse_flags(command: str, argv: Sequence[str], define: Define) -> flags.Flag
     try:
         rest = values([command, *argv])[1:]
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError, SyntaxError) as error:
-        lines = str(error).strip().strip("\"'").splitlines() or [""]
-        kind = "no such config field: " if isinstance(error, (KeyError, AttributeError)) else ""
-        raise UserError(f"{command}: {kind}{lines[0] or type(error).__name__}") from error
+        unknown = isinstance(error, (KeyError, AttributeError))
+        text = f"no such config field: {str(error).strip(QUOTES)}" if unknown else str(error).strip()
+        raise UserError(f"{command}: {(text or type(error).__name__).splitlines()[0]}") from error
     if rest:
         hint = f"; write --config.{rest[0]}" if re.fullmatch(r"[\w.]+=.*", rest[0]) else ""
         raise UserError(f"{command}: {rest[0]!r} is no flag{hint}")

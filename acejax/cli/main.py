@@ -37,6 +37,11 @@ def main(argv: list[str] | None = None) -> int:
         logging.set_verbosity(logging.ERROR)  # TFDS and Orbax speak of themselves at length
         command = importlib.import_module(f"acejax.cli.{argv[0]}")
         return command.main(argv[1:])
+    except SystemExit as leaving:  # argparse, after --help or a wrong flag
+        return int(leaving.code or 0)
+    except KeyboardInterrupt:
+        print("\nacejax: stopped; the same command goes on from its last checkpoint", file=sys.stderr)
+        return 130
     except UserError as error:
         print(f"acejax: {error}", file=sys.stderr)
         return 2
@@ -46,7 +51,6 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"acejax: {argv[0]} needs {error.name}; install it with: pip install 'acejax[{extra}]'", file=sys.stderr)
         return 2
-
 
 
 def _keep_compiled_programs() -> None:

@@ -95,4 +95,5 @@ def test_help(command, capsys):
 
 def test_usage(capsys):
     assert main([]) == 2 and main(["--help"]) == 0 and main(["--version"]) == 0
-    assert all(command in capsys.readouterr().out for command in COMMANDS)
+    printed = capsys.readouterr().out
+    assert all(command in printed for command in COMMANDS)

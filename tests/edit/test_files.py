@@ -9,10 +9,11 @@ from acejax.edit.files import read_mask, read_picture, write_picture
 @pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "1", "CMYK", "I;16", "LA"])
 def test_every_kind_of_picture_is_read_as_rgb(tmp_path, mode):
     path = tmp_path / ("a.tiff" if mode == "CMYK" else "a.png")
-    Image.new("L", (30, 20), 200).convert(mode).save(path) if mode != "I;16" else Image.fromarray(
+    grey = 255 if mode == "1" else 200
+    Image.new("L", (30, 20), grey).convert(mode).save(path) if mode != "I;16" else Image.fromarray(
         np.full((20, 30), 200 * 257, np.uint16)).save(path)
     picture = read_picture(path)
-    assert picture.shape == (20, 30, 3) and np.abs(picture.astype(int) - (255 if mode == "1" else 200)).max() <= 1
+    assert picture.shape == (20, 30, 3) and np.abs(picture.astype(int) - grey).max() <= 1
 
 
 def test_transparency_is_laid_on_white_and_exif_turns_the_picture(tmp_path):

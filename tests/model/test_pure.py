@@ -114,6 +114,15 @@ def test_vmap_over_seeds(params, sample):
     assert jnp.abs(together[0] - together[1]).max() > 0.1
 
 
+def test_jvp_and_eval_shape_through_the_sampler(params, sample):
+    def by_text(text):
+        return edit(params, sample | {"text": text}, 0)
+
+    assert jax.eval_shape(by_text, sample["text"]).shape == sample["latents"].shape
+    _, tangent = jit(lambda text: jax.jvp(by_text, (text,), (jnp.ones_like(text),)))(sample["text"])
+    assert jnp.isfinite(tangent).all() and jnp.abs(tangent).max() > 0
+
+
 def test_grad_through_the_sampler(params, sample):
     """An edit can be optimised by its text."""
     by_text = jit(jax.grad(lambda text: jnp.sum(jnp.square(edit(params, sample | {"text": text}, 0)))))

@@ -54,7 +54,7 @@ def loss(velocity: jax.Array, expected: jax.Array, units: jax.Array, task: jax.A
     squared = jnp.square(velocity.astype(jnp.float32) - expected.astype(jnp.float32))
     repeats = squared.shape[-1] // units.shape[-2]
     squared = squared.reshape(*squared.shape[:2], -1, repeats).sum(-1) if repeats > 1 else squared
-    errors = jnp.einsum("bsf,bsfu->bu", squared, units, precision=jax.lax.Precision.HIGHEST)
+    errors = (squared[..., None] * units).sum((1, 2))  # [B, units]; no matrix product: those round on GPU and TPU
     counts = repeats * units.sum((1, 2))  # [B, units]
 
     total = jnp.maximum(counts.sum(), 1e-9)
@@ -62,8 +62,8 @@ def loss(velocity: jax.Array, expected: jax.Array, units: jax.Array, task: jax.A
     parts = {"ref": by_unit[:-1], "tar": by_unit[-1], "fraction": counts.sum(0) / total}
     if task is not None:
         member = jax.nn.one_hot(task, tasks).T  # [tasks, B]
-        errors, counts = ((member * part.sum(1)).sum(1) for part in (errors, counts))  # [tasks]
-        parts |= {"task": _ratio(errors, counts), "task_fraction": counts / total}
+        of_task, count = ((member * part.sum(1)).sum(1) for part in (errors, counts))  # [tasks]
+        parts |= {"task": _ratio(of_task, count), "task_fraction": count / total}
     return errors.sum() / total, parts
 
 

@@ -1,6 +1,7 @@
 """Crop and stitch: work at the model's size around the mask, then put the result back into the picture."""
 
 import dataclasses
+import math
 
 import numpy as np
 from PIL import Image, ImageFilter
@@ -18,15 +19,19 @@ class Crop:
 def around(mask: np.ndarray, share: float) -> Crop:
     """The window in whose middle the mask's bounding box takes `share` of the side; mask [h, w], > 127 = inside.
 
-    It is moved inside the picture where it fits, so that the model sees real surroundings.
+    It is moved inside the picture where it fits, so that the model sees real surroundings, by whole eighths of its
+    side, so that the box stays on the latent grid of a 64-pixel model.
     """
     rows, columns = (np.flatnonzero((mask > 127).any(axis)) for axis in (1, 0))
     height, width = rows[-1] - rows[0] + 1, columns[-1] - columns[0] + 1
     side = max(1, round(max(height, width) / share))
 
     def place(low: int, extent: int, limit: int) -> int:
-        start = round(low + extent / 2 - side / 2)
-        return max(0, min(start, limit - side)) if side <= limit else (limit - side) // 2
+        start, cell = low + extent / 2 - side / 2, side / 8
+        if side > limit:
+            return (limit - side) // 2
+        start += math.ceil(max(0, -start) / cell) * cell - math.ceil(max(0, start + side - limit) / cell) * cell
+        return max(0, min(round(start), limit - side))
 
     return Crop(place(rows[0], height, mask.shape[0]), place(columns[0], width, mask.shape[1]), side)
 

@@ -1,51 +1,24 @@
-"""Which foreign tensor holds which part of our tree: one table per layout, read in both directions.
-
-A table row names a foreign module ("{i}" is the layer), the modules of ours it is made of, and the axis they are
-joined along. A trailing `[k]` takes one slice of our module's first feature axis: q, k or v of `qkv`; shift, scale or
-gate of a modulation. `plan` expands a table to copies of blocks, which is all that import and export need.
+"""Which foreign tensor holds which part of our trees: one table per model and layout (`layout` says how to read them).
 
 Names: black-forest-labs/flux `model.py` and `modules/layers.py` (ACE_plus `modules/flux.py` keeps them); diffusers
-`models/transformers/transformer_flux.py`. A torch linear weight is [out, in]; our kernel is [in, *features].
+`models/transformers/transformer_flux.py`.
 """
 
-import dataclasses
 import functools
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from acejax.model import mmdit
 from acejax.model.config import MMDiTConfig
+from acejax.weights import layout as layouts
+from acejax.weights.layout import IN, OUT, Copy, Joined, Layout, Shape
 
-Shape = tuple[int, ...]
-OUT, IN = 0, 1  # axes of a torch linear weight
-
-
-@dataclasses.dataclass(frozen=True)
-class Joined:
-    """Our modules, in order along one axis of the foreign weight; a foreign bias joins the biases there are."""
-
-    modules: tuple[str, ...]
-    axis: int = OUT
-
-
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """One way to store a model: names of a module's tensors, and foreign module -> our modules."""
-
-    leaves: Mapping[str, str]
-    modules: Mapping[str, str | Joined]
-
-    def key(self, path: str) -> str:
-        """The foreign key that stores our leaf `path` ("img_in/kernel") whole and alone."""
-        module, leaf = path.rsplit("/", 1)
-        return next(f"{name}.{self.leaves[leaf]}" for name, ours in self.modules.items() if ours == module)
-
+# ComfyUI; swift and scepter; BFL and diffusers themselves. The first is what we write.
+PREFIXES = ("", "model.", "model.diffusion_model.")
 
 BFL = Layout({"kernel": "weight", "bias": "bias", "scale": "scale"}, {
     "img_in": "img_in",
@@ -77,7 +50,7 @@ BFL = Layout({"kernel": "weight", "bias": "bias", "scale": "scale"}, {
     "single_blocks.{i}.norm.key_norm": "single_blocks/key_norm",
     "final_layer.adaLN_modulation.1": "final_layer/modulation",
     "final_layer.linear": "final_layer/linear",
-})
+}, marker="img_in/kernel", prefixes=PREFIXES)
 
 DIFFUSERS = Layout({"kernel": "weight", "bias": "bias", "scale": "weight"}, {
     "x_embedder": "img_in",
@@ -117,93 +90,39 @@ DIFFUSERS = Layout({"kernel": "weight", "bias": "bias", "scale": "weight"}, {
     # AdaLayerNormContinuous reads (scale, shift), FLUX's own final layer (shift, scale)
     "norm_out.linear": Joined(("final_layer/modulation[1]", "final_layer/modulation[0]"), OUT),
     "proj_out": "final_layer/linear",
-})
+}, marker="img_in/kernel", prefixes=PREFIXES)
 
-LAYOUTS = {"bfl": BFL, "diffusers": DIFFUSERS}
+LAYOUTS = {"bfl": BFL, "diffusers": DIFFUSERS}  # of the transformer
 
-
-@dataclasses.dataclass(frozen=True)
-class Copy:
-    """Foreign `key[region]` and our `path[index]` hold the same numbers, ours in the shape `block`."""
-
-    key: str
-    region: tuple[slice, ...]
-    path: str
-    index: tuple[int | slice, ...]
-    block: Shape
-
-    def to_torch(self, leaf: Any) -> np.ndarray:
-        """Our leaf -> the region's numbers, [out, in] or [out]; a view where numpy can."""
-        block = np.asarray(leaf)[self.index]
-        return block.reshape(block.shape[0], -1).T if len(self.region) == 2 else block.reshape(-1)
-
-    def from_torch(self, region: np.ndarray) -> np.ndarray:
-        """The inverse: the region's numbers -> our block."""
-        return region.T.reshape(self.block)
+Config = MMDiTConfig
+_INIT = {MMDiTConfig: mmdit.init}
 
 
-def plan(layout: Layout, shapes: Mapping[str, Shape]) -> tuple[Copy, ...]:
-    """Expand a table over a model's leaves (`shapes`: our path -> shape); rows of absent modules fall away."""
-    copies = []
-    for module, ours in layout.modules.items():
-        joined = ours if isinstance(ours, Joined) else Joined((ours,))
-        for leaf, name in layout.leaves.items():
-            parts = [(f"{part}/{leaf}", k) for part, k in map(_split, joined.modules) if f"{part}/{leaf}" in shapes]
-            if not parts:
-                continue
-            stacked = "{i}" in module
-            for i in range(shapes[parts[0][0]][0]) if stacked else [None]:
-                key, start = f"{module.format(i=i)}.{name}", 0
-                for path, k in parts:
-                    index, block = _index(leaf, shapes[path], i, k)
-                    size = (math.prod(block[1:]), block[0]) if leaf == "kernel" else (math.prod(block),)
-                    axis = joined.axis if leaf == "kernel" else OUT
-                    region = tuple(slice(start, start + n) if a == axis else slice(0, n) for a, n in enumerate(size))
-                    copies.append(Copy(key, region, path, index, block))
-                    start += size[axis]
-    return tuple(copies)
-
-
-def _split(module: str) -> tuple[str, int | None]:
-    """ "final_layer/modulation[1]" -> ("final_layer/modulation", 1)."""
-    module, _, k = module.rstrip("]").partition("[")
-    return module, int(k) if k else None
-
-
-def _index(leaf: str, shape: Shape, i: int | None, k: int | None) -> tuple[tuple[int | slice, ...], Shape]:
-    """Index and shape of layer i, feature slice k, of one of our leaves."""
-    index = () if i is None else (i,)
-    shape = shape[len(index):]
-    if k is None:
-        return index, shape
-    inputs = 1 if leaf == "kernel" else 0  # a kernel's features come after its input axis
-    return index + (slice(None),) * inputs + (k,), shape[:inputs] + shape[inputs + 1:]
+def layouts_of(config: Config) -> Mapping[str, Layout]:
+    """The layouts that a model is stored in, by name."""
+    return LAYOUTS
 
 
 @functools.lru_cache(maxsize=64)
-def leaf_shapes(config: MMDiTConfig) -> Mapping[str, Shape]:
-    """Our path -> shape, for every leaf of `acejax.init(config, key)`; makes no arrays."""
-    tree = jax.eval_shape(lambda: mmdit.init(config, jax.random.key(0)))
+def leaf_shapes(config: Config) -> Mapping[str, Shape]:
+    """Our path -> shape, for every leaf of the model's `init(config, key)`; makes no arrays."""
+    tree = jax.eval_shape(lambda: _INIT[type(config)](config, jax.random.key(0)))
     return {path: leaf.shape for path, leaf in flatten_dict(tree, sep="/").items()}
 
 
 @functools.lru_cache(maxsize=64)
-def plan_for(config: MMDiTConfig, layout: str) -> tuple[Copy, ...]:
-    """The plan of one transformer in one layout ("bfl" or "diffusers")."""
-    return plan(LAYOUTS[layout], leaf_shapes(config))
+def plan_for(config: Config, layout: str) -> tuple[Copy, ...]:
+    """The plan of one model in one layout."""
+    return layouts.plan(layouts_of(config)[layout], leaf_shapes(config))
 
 
-def expected(config: MMDiTConfig, layout: str) -> dict[str, Shape]:
+def expected(config: Config, layout: str) -> dict[str, Shape]:
     """Foreign key -> shape of every tensor that a file of this model holds; makes no arrays."""
-    # the last part of a joined tensor ends where the tensor ends
-    return {copy.key: tuple(part.stop for part in copy.region) for copy in plan_for(config, layout)}
+    return layouts.foreign_shapes(plan_for(config, layout))
 
 
-def tensors(config: MMDiTConfig, params: mmdit.Params, layout: str,
-            dtype: Any = None) -> Iterator[tuple[str, np.ndarray]]:
-    """Our tree as (foreign key, contiguous numpy array), made one at a time.
-
-    `dtype` None keeps the tree's; where the parts of a joined tensor differ, the dtype that holds them all.
+def tensors(config: Config, params: Any, layout: str, dtype: Any = None) -> Iterator[tuple[str, np.ndarray]]:
+    """Our tree as (foreign key, contiguous numpy array), made one at a time, in the tree's dtypes or `dtype`.
 
     Raises:
       ValueError: a tree that is not the config's.
@@ -213,49 +132,19 @@ def tensors(config: MMDiTConfig, params: mmdit.Params, layout: str,
         found = ours[path].shape if path in ours else None
         if found != wanted.get(path):
             raise ValueError(f"params {path!r} has shape {found}, the config expects {wanted.get(path)}")
-
-    shapes = expected(config, layout)
-    for key, parts in _grouped(plan_for(config, layout), "key").items():
-        tensor = np.empty(shapes[key], dtype or _common(ours[copy.path].dtype for copy in parts))
-        for copy in parts:
-            tensor[copy.region] = copy.to_torch(ours[copy.path])
-        yield key, tensor
+    return layouts.tensors(plan_for(config, layout), ours, dtype)
 
 
-def leaves(config: MMDiTConfig, get: Callable[[str], Any], layout: str,
-           dtype: Any = None) -> Iterator[tuple[str, np.ndarray]]:
-    """Foreign tensors as (path, array) of our tree, made one at a time.
-
-    Args:
-      config: the model.
-      get: foreign key -> something with `dtype` that gives an array when sliced: an array, or a tensor still on disk.
-      layout: "bfl" or "diffusers".
-      dtype: what to cast to; None keeps the stored one; where a leaf's tensors differ, the dtype that holds them all.
-    """
-    shapes = leaf_shapes(config)
-    for path, parts in _grouped(plan_for(config, layout), "path").items():
-        leaf = np.empty(shapes[path], dtype or _common(get(copy.key).dtype for copy in parts))
-        for copy in parts:
-            leaf[copy.index] = copy.from_torch(get(copy.key)[copy.region])
-        yield path, leaf
+def leaves(config: Config, get: Callable[[str], Any], layout: str, dtype: Any = None) -> Iterator[tuple[str, Any]]:
+    """Foreign tensors as (path, array) of our tree, made one at a time; `get` as `acejax.weights.layout.leaves`."""
+    return layouts.leaves(plan_for(config, layout), leaf_shapes(config), get, dtype)
 
 
-def to_foreign(config: MMDiTConfig, params: mmdit.Params, layout: str, dtype: Any = None) -> dict[str, np.ndarray]:
+def to_foreign(config: Config, params: Any, layout: str, dtype: Any = None) -> dict[str, np.ndarray]:
     """All of `tensors`: foreign key -> array."""
     return dict(tensors(config, params, layout, dtype))
 
 
-def from_foreign(config: MMDiTConfig, get: Callable[[str], Any], layout: str, dtype: Any = None) -> mmdit.Params:
+def from_foreign(config: Config, get: Callable[[str], Any], layout: str, dtype: Any = None) -> Any:
     """All of `leaves`: our tree, of numpy arrays."""
     return unflatten_dict(dict(leaves(config, get, layout, dtype)), sep="/")
-
-
-def _grouped(copies: Iterable[Copy], field: str) -> dict[str, list[Copy]]:
-    groups: dict[str, list[Copy]] = {}
-    for copy in copies:
-        groups.setdefault(getattr(copy, field), []).append(copy)
-    return groups
-
-
-def _common(dtypes: Iterable[Any]) -> np.dtype:
-    return np.dtype(functools.reduce(jnp.promote_types, dtypes))

@@ -18,7 +18,6 @@ from acejax.model.config import MMDiTConfig
 from acejax.model.mmdit import Params
 from acejax.weights import keymaps
 
-PREFIXES = ("model.diffusion_model.", "model.", "")  # ComfyUI; swift and scepter; BFL and diffusers themselves
 DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 
 
@@ -82,7 +81,7 @@ def _stored(path: str | os.PathLike, file: Any, key: str) -> Stored:
 def _detect(path: str | os.PathLike, found: Mapping[str, Stored]) -> tuple[str, str]:
     """Layout and prefix, told by the name of the image tokens' projection."""
     markers = {layout: keymaps.LAYOUTS[layout].key("img_in/kernel") for layout in keymaps.LAYOUTS}
-    for prefix in PREFIXES:
+    for prefix in keymaps.PREFIXES:
         for layout, marker in markers.items():
             if prefix + marker in found:
                 return layout, prefix

@@ -10,15 +10,16 @@ import importlib
 
 from acejax import flow, lcu
 from acejax.errors import UserError
-from acejax.model.config import Execution, MMDiTConfig
+from acejax.model import autoencoder
+from acejax.model.config import AutoencoderConfig, Execution, MMDiTConfig
 from acejax.model.mmdit import Tokens, apply, init
 
 __version__ = "0.1.0"
 
 _LAZY = {"load_mmdit": "acejax.weights.load", "save_mmdit": "acejax.weights.save", "Editor": "acejax.edit.editor"}
 
-__all__ = ["Editor", "Execution", "MMDiTConfig", "Tokens", "UserError", "apply", "flow", "init", "lcu", "load_mmdit",
-           "save_mmdit"]
+__all__ = ["AutoencoderConfig", "Editor", "Execution", "MMDiTConfig", "Tokens", "UserError", "apply", "autoencoder",
+           "flow", "init", "lcu", "load_mmdit", "save_mmdit"]
 
 
 def __getattr__(name: str):

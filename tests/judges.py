@@ -1,6 +1,8 @@
 """Outside judges: torch and diffusers, where they are installed. Only these tests may be left out on a machine."""
 
 import importlib.util
+import re
+from collections.abc import Mapping
 
 import numpy as np
 import pytest
@@ -35,3 +37,49 @@ def flux_velocity(model: acejax.MMDiTConfig, params: acejax.model.mmdit.Params, 
             pooled_projections=tensor(tokens.pooled), timestep=tensor(tokens.sigma), guidance=tensor(tokens.guidance),
             img_ids=tensor(tokens.positions[0]).float(), txt_ids=torch.zeros(tokens.text.shape[1], 3))
     return out.sample.numpy()
+
+
+def autoencoder_kl(model: acejax.AutoencoderConfig):
+    """diffusers' AutoencoderKL of the same geometry, with random weights."""
+    from diffusers import AutoencoderKL
+
+    levels = len(model.ch_mult)
+    return AutoencoderKL(
+        block_out_channels=model.widths, layers_per_block=model.num_res_blocks, latent_channels=model.z_channels,
+        norm_num_groups=model.num_groups, down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels, use_quant_conv=False, use_post_quant_conv=False)
+
+
+def autoencoder_names(state: Mapping[str, np.ndarray], levels: int = 4) -> dict[str, np.ndarray]:
+    """ae.safetensors' tensors under diffusers' names, written apart from our tables."""
+    names = {"norm_out": "conv_norm_out", "nin_shortcut": "conv_shortcut", "mid.block_1": "mid_block.resnets.0",
+             "mid.block_2": "mid_block.resnets.1", "mid.attn_1.norm": "mid_block.attentions.0.group_norm",
+             "mid.attn_1.proj_out": "mid_block.attentions.0.to_out.0", "downsample": "downsamplers.0",
+             "upsample": "upsamplers.0", "block": "resnets"}
+    names |= {f"mid.attn_1.{x}": f"mid_block.attentions.0.to_{x}" for x in "qkv"}
+    renamed = {}
+    for key, tensor in state.items():
+        key, attends = re.sub(r"\b(" + "|".join(names) + r")\b", lambda name: names[name[0]], key), "attn" in key
+        key = re.sub(r"\bdown\.", "down_blocks.", key)
+        key = re.sub(r"\bup\.(\d)", lambda level: f"up_blocks.{levels - 1 - int(level[1])}", key)
+        renamed[key] = tensor.reshape(tensor.shape[:2]) if attends else tensor
+    return renamed
+
+
+def autoencoder(model: acejax.AutoencoderConfig, state: Mapping[str, np.ndarray], pictures: np.ndarray,
+                latents: np.ndarray) -> dict[str, np.ndarray]:
+    """What AutoencoderKL makes of weights in BFL's layout: `mean` and `logvar` of pictures, `picture` of latents."""
+    import torch
+
+    judge = autoencoder_kl(model).eval()
+    state = autoencoder_names(state, len(model.ch_mult))
+    judge.load_state_dict({key: torch.from_numpy(tensor) for key, tensor in state.items()}, strict=True)
+
+    def channels_first(x):
+        return torch.from_numpy(x.transpose(0, 3, 1, 2).copy())
+
+    with torch.inference_mode():
+        posterior = judge.encode(channels_first(pictures)).latent_dist
+        picture = judge.decode(channels_first(latents) / 0.3611 + 0.1159).sample
+    return {name: x.numpy().transpose(0, 2, 3, 1).copy() for name, x in (
+        ("mean", posterior.mean), ("logvar", posterior.logvar), ("picture", picture))}

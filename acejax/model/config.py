@@ -1,4 +1,4 @@
-"""What a model is (`MMDiTConfig`) and, apart from it, how it is computed (`Execution`)."""
+"""What a model is (`MMDiTConfig`, `AutoencoderConfig`) and, apart from it, how it is computed (`Execution`)."""
 
 import dataclasses
 from collections.abc import Callable
@@ -77,6 +77,55 @@ class MMDiTConfig:
         tiny = cls(hidden_size=128, num_heads=4, depth=1, depth_single_blocks=3, axes_dim=(4, 14, 14),
                    context_in_dim=64, vec_in_dim=64)
         return dataclasses.replace(tiny, **changes)
+
+
+@dataclasses.dataclass(frozen=True)
+class AutoencoderConfig:
+    """Geometry of a FLUX autoencoder; field names are FLUX's own.
+
+    Level i has `ch * ch_mult[i]` channels; each level but the last halves the picture's sides.
+
+    Raises:
+      ValueError: a size that is not positive, or a level that does not split into the norm's groups.
+    """
+
+    ch: int = 128
+    ch_mult: tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2  # of an encoder level; a decoder level has one more
+    z_channels: int = 16
+    num_groups: int = 32
+    scale_factor: float = 0.3611
+    shift_factor: float = 0.1159
+
+    def __post_init__(self):
+        object.__setattr__(self, "ch_mult", tuple(self.ch_mult))
+        for field in ("ch", "num_res_blocks", "z_channels", "num_groups", "scale_factor"):
+            if not getattr(self, field) > 0:
+                raise ValueError(f"{field} is {getattr(self, field)}; expected a positive number")
+        if not self.ch_mult or min(self.ch_mult) < 1:
+            raise ValueError(f"ch_mult is {self.ch_mult}; expected positive numbers, one a level")
+        for width in (self.ch, *self.widths):
+            if width % self.num_groups:
+                raise ValueError(f"{width} channels are not a multiple of num_groups {self.num_groups}")
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels of each level, the finest first."""
+        return tuple(self.ch * factor for factor in self.ch_mult)
+
+    @property
+    def cell(self) -> int:
+        """Pixels a latent cell, along each side."""
+        return 2 ** (len(self.ch_mult) - 1)
+
+    @classmethod
+    def flux(cls) -> "AutoencoderConfig":
+        return cls()
+
+    @classmethod
+    def tiny(cls, **changes: Any) -> "AutoencoderConfig":
+        """A model for tests: the same code and tree, 0.1 M parameters."""
+        return dataclasses.replace(cls(ch=8, num_res_blocks=1, num_groups=4), **changes)
 
 
 def keep(x: jax.Array, kind: str) -> jax.Array:

@@ -1,7 +1,7 @@
 """Which foreign tensor holds which part of our trees: one table per model and layout (`layout` says how to read them).
 
 Names: black-forest-labs/flux `model.py` and `modules/layers.py` (ACE_plus `modules/flux.py` keeps them); diffusers
-`models/transformers/transformer_flux.py`.
+`models/transformers/transformer_flux.py`. The autoencoder's tables stand in `tables_autoencoder`.
 """
 
 import functools
@@ -12,9 +12,10 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from acejax.model import mmdit
-from acejax.model.config import MMDiTConfig
+from acejax.model import autoencoder, mmdit
+from acejax.model.config import AutoencoderConfig, MMDiTConfig
 from acejax.weights import layout as layouts
+from acejax.weights import tables_autoencoder
 from acejax.weights.layout import IN, OUT, Copy, Joined, Layout, Shape
 
 # ComfyUI; swift and scepter; BFL and diffusers themselves. The first is what we write.
@@ -94,13 +95,14 @@ DIFFUSERS = Layout({"kernel": "weight", "bias": "bias", "scale": "weight"}, {
 
 LAYOUTS = {"bfl": BFL, "diffusers": DIFFUSERS}  # of the transformer
 
-Config = MMDiTConfig
-_INIT = {MMDiTConfig: mmdit.init}
+Config = MMDiTConfig | AutoencoderConfig
+_INIT = {MMDiTConfig: mmdit.init, AutoencoderConfig: autoencoder.init}
+_LAYOUTS = {MMDiTConfig: lambda config: LAYOUTS, AutoencoderConfig: tables_autoencoder.layouts}
 
 
 def layouts_of(config: Config) -> Mapping[str, Layout]:
     """The layouts that a model is stored in, by name."""
-    return LAYOUTS
+    return _LAYOUTS[type(config)](config)
 
 
 @functools.lru_cache(maxsize=64)

@@ -59,7 +59,8 @@ class Layout:
     def key(self, path: str) -> str:
         """The foreign key that stores our leaf `path` ("img_in/kernel") whole and alone."""
         module, leaf = path.rsplit("/", 1)
-        return next(f"{name}.{self.leaves[leaf]}" for name, ours in self.modules.items() if ours == module)
+        alone = (module, Conv(module), Conv(module, pointwise=True))
+        return next(f"{name}.{self.leaves[leaf]}" for name, ours in self.modules.items() if ours in alone)
 
 
 @dataclasses.dataclass(frozen=True)

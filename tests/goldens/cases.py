@@ -1,4 +1,4 @@
-"""The small transformers that parity is held on: everything but their outputs comes from a seed."""
+"""The small models that parity is held on: everything but their outputs comes from a seed."""
 
 import numpy as np
 
@@ -16,12 +16,18 @@ def config(in_channels: int = 448) -> acejax.MMDiTConfig:
                               axes_dim=(4, 14, 14), context_in_dim=24, vec_in_dim=20)
 
 
-def state(model: acejax.MMDiTConfig, seed: int = 0) -> dict[str, np.ndarray]:
+def autoencoder() -> acejax.AutoencoderConfig:
+    """FLUX's autoencoder at an eighth of its width."""
+    return acejax.AutoencoderConfig(ch=16, num_groups=8)
+
+
+def state(model: keymaps.Config, seed: int = 0) -> dict[str, np.ndarray]:
     """Random weights in BFL's layout; none is 0 or 1 throughout, so that none can be mistaken for another."""
     draw = np.random.default_rng(seed).standard_normal
     tensors = {}
     for key, shape in sorted(keymaps.expected(model, "bfl").items()):
-        mean, std = (1, 0.3) if key.endswith("scale") else (0, shape[-1] ** -0.5 if len(shape) == 2 else 0.3)
+        mean = 1 if len(shape) == 1 and not key.endswith("bias") else 0  # the scale of a norm
+        std = 0.3 if len(shape) == 1 else np.prod(shape[1:]) ** -0.5
         tensors[key] = (mean + std * draw(shape)).astype(np.float32)
     return tensors
 
@@ -38,3 +44,10 @@ def inputs(model: acejax.MMDiTConfig, guidance: float = 3.5, seed: int = 1) -> a
         image=normal(ROWS * COLUMNS, model.in_channels), positions=np.tile(grid, (BATCH, 1, 1)),
         text=normal(TEXT, model.context_in_dim), pooled=normal(model.vec_in_dim),
         sigma=np.array([0.25, 0.8], np.float32), guidance=np.full(BATCH, guidance, np.float32))
+
+
+def pictures_and_latents(rows: int = 3, columns: int = 5, seed: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    """Two pictures [B, 8 rows, 8 columns, 3] in [-1, 1] and latents [B, rows, columns, 16] of no picture."""
+    rng = np.random.default_rng(seed)
+    pictures = rng.uniform(-1, 1, (BATCH, 8 * rows, 8 * columns, 3))
+    return pictures.astype(np.float32), rng.standard_normal((BATCH, rows, columns, 16)).astype(np.float32)

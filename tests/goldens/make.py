@@ -1,4 +1,4 @@
-"""Record what diffusers' FLUX makes of the small cases: `python -m tests.goldens.make` (needs torch and diffusers)."""
+"""Record what diffusers makes of the small cases: `python -m tests.goldens.make` (needs torch and diffusers)."""
 
 import pathlib
 
@@ -9,6 +9,7 @@ from tests import judges
 from tests.goldens import cases
 
 FLUX = pathlib.Path(__file__).with_name("flux.npz")
+AUTOENCODER = pathlib.Path(__file__).with_name("autoencoder.npz")
 
 
 def name(channels: int, guidance: float) -> str:
@@ -26,6 +27,13 @@ def flux() -> dict[str, np.ndarray]:
     return velocities
 
 
+def autoencoder() -> dict[str, np.ndarray]:
+    """Mean and log variance of the pictures and the decoded latents of `cases`."""
+    model = cases.autoencoder()
+    return judges.autoencoder(model, cases.state(model), *cases.pictures_and_latents())
+
+
 if __name__ == "__main__":
-    np.savez_compressed(FLUX, **flux())
-    print(f"{FLUX}: {FLUX.stat().st_size:,} bytes")
+    for path, record in ((FLUX, flux), (AUTOENCODER, autoencoder)):
+        np.savez_compressed(path, **record())
+        print(f"{path}: {path.stat().st_size:,} bytes")

@@ -4,10 +4,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from acejax.demo.pictures import GRID, REPAINTING, SIZE, TASKS
+from acejax.demo.pictures import REPAINTING, SIZE, TASKS
 from acejax.edit import crop as crops
 from acejax.edit.editor import Editor
 from acejax.errors import UserError
+from acejax.lcu import CELL
 
 # task: needs a picture, needs a mask, number of references
 NEEDS = {"text": (False, False, 0), "insert": (True, True, 0), "recolor": (True, True, 0),
@@ -64,8 +65,8 @@ def _boxes(mask: np.ndarray, count: int) -> np.ndarray:
     for strip in np.array_split(np.arange(SIZE), count):
         rows, columns = (np.flatnonzero(mask[:, strip].any(axis)) for axis in (1, 0))
         if len(rows):
-            top, left = rows[0] // GRID * GRID, (strip[0] + columns[0]) // GRID * GRID
-            bottom, right = -(-(rows[-1] + 1) // GRID) * GRID, -(-(strip[0] + columns[-1] + 1) // GRID) * GRID
+            top, left = rows[0] // CELL * CELL, (strip[0] + columns[0]) // CELL * CELL
+            bottom, right = -(-(rows[-1] + 1) // CELL) * CELL, -(-(strip[0] + columns[-1] + 1) // CELL) * CELL
             boxes[top:bottom, left:right] = 255
     return boxes
 

@@ -12,8 +12,9 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import Image, ImageDraw
 
+from acejax.lcu import CELL
+
 SIZE = 64
-GRID = 8  # boxes are snapped to the latent grid
 TEST_PHOTO = "coffee"
 PHOTOS = {  # name in prompts: skimage.data function
     "person": "astronaut", "cat": "chelsea", "sky": "rocket", "stars": "hubble_deep_field", "eye": "retina",
@@ -138,8 +139,8 @@ def _sample(rng: np.random.Generator, task: str, split: str, pairs: list[tuple[s
         return Thing(*pick(pairs), box)
 
     def box(side, left=0, right=SIZE):
-        return (GRID * int(rng.integers((SIZE - side) // GRID + 1)),
-                left + GRID * int(rng.integers((right - left - side) // GRID + 1)), side)
+        return (CELL * int(rng.integers((SIZE - side) // CELL + 1)),
+                left + CELL * int(rng.integers((right - left - side) // CELL + 1)), side)
 
     def crop(place):
         picture = pick(photo(place))

@@ -14,8 +14,8 @@ import numpy as np
 
 from acejax.demo.pictures import COLORS, PHOTOS, SHAPES, TEST_PHOTO
 from acejax.errors import UserError
+from acejax.lcu import CELL
 
-CELL = 8
 CHANNELS = 16
 TEXT_TOKENS = 6
 TEXT_WIDTH = 64

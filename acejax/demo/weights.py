@@ -30,7 +30,7 @@ def save(folder: epath.PathLike, config: MMDiTConfig, params: Any, autoencoder: 
     (folder / "weights.json").write_text(json.dumps(note | {"config": dataclasses.asdict(config)}, indent=2) + "\n")
 
 
-def load_editor(folder: epath.PathLike = SHIPPED, steps: int = 16) -> Editor:
+def load_editor(folder: epath.PathLike = SHIPPED, steps: int = 8) -> Editor:
     """An editor with the weights in a folder.
 
     Raises:

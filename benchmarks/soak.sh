@@ -14,7 +14,7 @@ done
 
 for pair in ${PYTHONS:-3.11:0.10 3.12:0.11 3.13:0.12}; do
     python=python${pair%:*} jax=${pair#*:}
-    if ! command -v "$python" >/dev/null; then
+    if ! "$python" --version >/dev/null 2>&1; then  # a version manager may have the name without the version
         echo "$python is not installed: jax $jax not tested"
         failed=1
         continue

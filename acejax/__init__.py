@@ -10,16 +10,19 @@ import importlib
 
 from acejax import flow, lcu
 from acejax.errors import UserError
-from acejax.model import autoencoder
-from acejax.model.config import AutoencoderConfig, Execution, MMDiTConfig
+from acejax.model import autoencoder, clip, t5
+from acejax.model.config import AutoencoderConfig, CLIPConfig, Execution, MMDiTConfig, T5Config
 from acejax.model.mmdit import Tokens, apply, init
 
 __version__ = "0.1.0"
 
-_LAZY = {"load_mmdit": "acejax.weights.load", "save_mmdit": "acejax.weights.save", "Editor": "acejax.edit.editor"}
+_LAZY = {"load_mmdit": "acejax.weights.load", "load_autoencoder": "acejax.weights.load",
+         "load_t5": "acejax.weights.load", "load_clip": "acejax.weights.load", "save_model": "acejax.weights.save",
+         "Editor": "acejax.edit.editor"}
 
-__all__ = ["AutoencoderConfig", "Editor", "Execution", "MMDiTConfig", "Tokens", "UserError", "apply", "autoencoder",
-           "flow", "init", "lcu", "load_mmdit", "save_mmdit"]
+__all__ = ["AutoencoderConfig", "CLIPConfig", "Editor", "Execution", "MMDiTConfig", "T5Config", "Tokens", "UserError",
+           "apply", "autoencoder", "clip", "flow", "init", "lcu", "load_autoencoder", "load_clip", "load_mmdit",
+           "load_t5", "save_model", "t5"]
 
 
 def __getattr__(name: str):

@@ -1,12 +1,18 @@
-"""All Orbax calls: saving a run step by step and taking it up again."""
+"""All Orbax calls: saving a run step by step and taking it up again; a model's weights alone."""
 
+import dataclasses
 import json
 from typing import Any
 
+import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
 from acejax.errors import UserError
+from acejax.model.config import AutoencoderConfig, CLIPConfig, MMDiTConfig, T5Config
+
+_KINDS = {kind.__name__: kind for kind in (MMDiTConfig, AutoencoderConfig, T5Config, CLIPConfig)}
 
 
 class Checkpoints:
@@ -32,6 +38,42 @@ class Checkpoints:
         """Wait for what is being saved."""
         self._manager.wait_until_finished()
         self._manager.close()
+
+
+def save_weights(folder: epath.PathLike, config: Any, params: Any) -> None:
+    """Write a model's parameters as an Orbax folder with a `model.json` that says what they are of."""
+    folder = epath.Path(folder).expanduser().resolve()
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(folder / "params", params)
+    note = {"kind": type(config).__name__, "config": dataclasses.asdict(config)}
+    (folder / "model.json").write_text(json.dumps(note, indent=2) + "\n")  # last: it says that the folder is whole
+
+
+def load_weights(path: epath.PathLike) -> tuple[Any, Any]:
+    """Config and parameters (numpy arrays) of a folder of `save_weights`, or of a workdir's last checkpoint.
+
+    Raises:
+      UserError: a note that says no model, or no checkpoint.
+    """
+    path = epath.Path(path).expanduser().resolve()
+    try:
+        if (path / "model.json").exists():
+            note = json.loads((path / "model.json").read_text())
+            config, where, wrap = _KINDS[note["kind"]](**note["config"]), path / "params", None
+        else:
+            config = MMDiTConfig(**json.loads((path / "config.json").read_text())["model"])
+            step = ocp.CheckpointManager(path / "checkpoints").latest_step()
+            if step is None:
+                raise UserError(f"{path}: no checkpoint in this workdir yet")
+            where, wrap = path / "checkpoints" / str(step) / "default", "params"
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: says of no model what it is ({type(error).__name__}: {error})") from None
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        tree = checkpointer.metadata(where).item_metadata.tree
+        wanted = {wrap: tree[wrap]} if wrap else tree  # the optimizer's moments stay on disk
+        args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
+        restored = checkpointer.restore(where, args=ocp.args.PyTreeRestore(wanted, args, partial_restore=True))
+    return config, restored[wrap] if wrap else restored
 
 
 def claim(workdir: epath.PathLike, config: dict[str, Any], free: tuple[str, ...] = ()) -> None:

@@ -9,7 +9,8 @@ import acejax
 from acejax.errors import UserError
 
 CHECKOUT = Path(acejax.__file__).resolve().parent.parent
-BENCHMARKS = {"concat": "conditions as channels against conditions as tokens: FLOPs and time of a denoiser step"}
+BENCHMARKS = {"concat": "conditions as channels against conditions as tokens: FLOPs and time of a denoiser step",
+              "convert": "a verified conversion against a plain copy: speed and memory"}
 
 
 def main(argv: list[str]) -> int:

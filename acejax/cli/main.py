@@ -15,6 +15,7 @@ COMMANDS = {
     "demo": "train a tiny ACE++ on the built-in pictures and score its edits",
     "train": "train from a config: acejax train --config=FILE.py --workdir=DIR [--config.a.b=value]",
     "edit": "edit a picture by instruction",
+    "convert": "weights of FLUX and ACE++ from one format to another, verified",
     "bench": "measure speed and cost",
 }
 _EXTRAS = {"optax": "train", "orbax": "train", "grain": "train", "tensorflow_datasets": "train",

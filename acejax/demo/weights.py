@@ -14,7 +14,7 @@ from acejax.edit.editor import Editor
 from acejax.errors import UserError
 from acejax.model.config import MMDiTConfig
 from acejax.weights.load import load_mmdit
-from acejax.weights.save import save_mmdit
+from acejax.weights.save import save_model
 
 SHIPPED = epath.Path(__file__).parent / "small_weights"
 
@@ -25,7 +25,7 @@ def save(folder: epath.PathLike, config: MMDiTConfig, params: Any, autoencoder: 
     folder = epath.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "weights.json").unlink(missing_ok=True)
-    save_mmdit(folder / "mmdit.safetensors", config, params, dtype="bfloat16")
+    save_model(folder / "mmdit.safetensors", config, params, dtype="bfloat16")
     save_file({name: np.asarray(value) for name, value in autoencoder.items()}, folder / "autoencoder.safetensors")
     (folder / "weights.json").write_text(json.dumps(note | {"config": dataclasses.asdict(config)}, indent=2) + "\n")
 

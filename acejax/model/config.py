@@ -1,4 +1,4 @@
-"""What a model is (`MMDiTConfig`, `AutoencoderConfig`) and, apart from it, how it is computed (`Execution`)."""
+"""What the models are, and, apart from it, how one is computed (`Execution`)."""
 
 import dataclasses
 from collections.abc import Callable
@@ -37,9 +37,7 @@ class MMDiTConfig:
 
     def __post_init__(self):
         object.__setattr__(self, "axes_dim", tuple(self.axes_dim))
-        for field in dataclasses.fields(self):
-            if field.name not in ("axes_dim", "guidance_embed") and not getattr(self, field.name) > 0:
-                raise ValueError(f"{field.name} is {getattr(self, field.name)}; expected a positive number")
+        _check_positive(self, but=("axes_dim", "guidance_embed"))
         if self.hidden_size % self.num_heads:
             raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
         if sum(self.axes_dim) != self.head_dim or any(dim % 2 for dim in self.axes_dim):
@@ -99,9 +97,7 @@ class AutoencoderConfig:
 
     def __post_init__(self):
         object.__setattr__(self, "ch_mult", tuple(self.ch_mult))
-        for field in ("ch", "num_res_blocks", "z_channels", "num_groups", "scale_factor"):
-            if not getattr(self, field) > 0:
-                raise ValueError(f"{field} is {getattr(self, field)}; expected a positive number")
+        _check_positive(self, but=("ch_mult", "shift_factor"))
         if not self.ch_mult or min(self.ch_mult) < 1:
             raise ValueError(f"ch_mult is {self.ch_mult}; expected positive numbers, one a level")
         for width in (self.ch, *self.widths):
@@ -126,6 +122,67 @@ class AutoencoderConfig:
     def tiny(cls, **changes: Any) -> "AutoencoderConfig":
         """A model for tests: the same code and tree, 0.1 M parameters."""
         return dataclasses.replace(cls(ch=8, num_res_blocks=1, num_groups=4), **changes)
+
+
+@dataclasses.dataclass(frozen=True)
+class T5Config:
+    """Geometry of a T5 v1.1 encoder, by default XXL, FLUX's; field names are those of its `config.json`.
+
+    Raises:
+      ValueError: a size that is not positive, or buckets that leave no near or no far distance in each direction.
+    """
+
+    vocab_size: int = 32_128
+    d_model: int = 4096
+    d_kv: int = 64
+    d_ff: int = 10_240
+    num_layers: int = 24
+    num_heads: int = 64
+    relative_attention_num_buckets: int = 32
+    relative_attention_max_distance: int = 128
+    layer_norm_epsilon: float = 1e-6
+
+    def __post_init__(self):
+        _check_positive(self)
+        buckets, distance = self.relative_attention_num_buckets, self.relative_attention_max_distance
+        if buckets % 4:
+            raise ValueError(f"relative_attention_num_buckets is {buckets}; expected a multiple of 4")
+        if distance <= buckets // 4:
+            raise ValueError(f"relative_attention_max_distance is {distance}; expected more than {buckets // 4}, "
+                             f"a quarter of the {buckets} buckets")
+
+
+@dataclasses.dataclass(frozen=True)
+class CLIPConfig:
+    """Geometry of a CLIP text encoder, by default CLIP-L's, FLUX's; field names are those of its `config.json`.
+
+    Raises:
+      ValueError: a size that is not positive, or heads that do not divide the width.
+    """
+
+    vocab_size: int = 49_408
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    max_position_embeddings: int = 77
+    layer_norm_eps: float = 1e-5
+
+    def __post_init__(self):
+        _check_positive(self)
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
+                             f"{self.num_attention_heads}")
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+
+def _check_positive(config: Any, but: tuple[str, ...] = ()) -> None:
+    for field, value in vars(config).items():
+        if field not in but and not value > 0:
+            raise ValueError(f"{field} is {value}; expected a positive number")
 
 
 def keep(x: jax.Array, kind: str) -> jax.Array:

@@ -1,7 +1,8 @@
 """Which foreign tensor holds which part of our trees: one table per model and layout (`layout` says how to read them).
 
 Names: black-forest-labs/flux `model.py` and `modules/layers.py` (ACE_plus `modules/flux.py` keeps them); diffusers
-`models/transformers/transformer_flux.py`. The autoencoder's tables stand in `tables_autoencoder`.
+`models/transformers/transformer_flux.py`. The autoencoder's and the text encoders' tables
+stand in `tables_autoencoder` and `tables_text`.
 """
 
 import functools
@@ -12,10 +13,10 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from acejax.model import autoencoder, mmdit
-from acejax.model.config import AutoencoderConfig, MMDiTConfig
+from acejax.model import autoencoder, clip, mmdit, t5
+from acejax.model.config import AutoencoderConfig, CLIPConfig, MMDiTConfig, T5Config
 from acejax.weights import layout as layouts
-from acejax.weights import tables_autoencoder
+from acejax.weights import tables_autoencoder, tables_text
 from acejax.weights.layout import IN, OUT, Copy, Joined, Layout, Shape
 
 # ComfyUI; swift and scepter; BFL and diffusers themselves. The first is what we write.
@@ -95,9 +96,10 @@ DIFFUSERS = Layout({"kernel": "weight", "bias": "bias", "scale": "weight"}, {
 
 LAYOUTS = {"bfl": BFL, "diffusers": DIFFUSERS}  # of the transformer
 
-Config = MMDiTConfig | AutoencoderConfig
-_INIT = {MMDiTConfig: mmdit.init, AutoencoderConfig: autoencoder.init}
-_LAYOUTS = {MMDiTConfig: lambda config: LAYOUTS, AutoencoderConfig: tables_autoencoder.layouts}
+Config = MMDiTConfig | AutoencoderConfig | T5Config | CLIPConfig
+_INIT = {MMDiTConfig: mmdit.init, AutoencoderConfig: autoencoder.init, T5Config: t5.init, CLIPConfig: clip.init}
+_LAYOUTS = {MMDiTConfig: lambda config: LAYOUTS, AutoencoderConfig: tables_autoencoder.layouts,
+            T5Config: lambda config: tables_text.T5, CLIPConfig: lambda config: tables_text.CLIP}
 
 
 def layouts_of(config: Config) -> Mapping[str, Layout]:
@@ -123,23 +125,28 @@ def expected(config: Config, layout: str) -> dict[str, Shape]:
     return layouts.foreign_shapes(plan_for(config, layout))
 
 
-def tensors(config: Config, params: Any, layout: str, dtype: Any = None) -> Iterator[tuple[str, np.ndarray]]:
-    """Our tree as (foreign key, contiguous numpy array), made one at a time, in the tree's dtypes or `dtype`.
-
-    Raises:
-      ValueError: a tree that is not the config's.
-    """
+def check_tree(config: Config, params: Any) -> None:
+    """Raises ValueError for a tree that is not the config's."""
     ours, wanted = flatten_dict(params, sep="/"), leaf_shapes(config)
     for path in sorted(wanted.keys() | ours.keys()):
         found = ours[path].shape if path in ours else None
         if found != wanted.get(path):
             raise ValueError(f"params {path!r} has shape {found}, the config expects {wanted.get(path)}")
-    return layouts.tensors(plan_for(config, layout), ours, dtype)
 
 
-def leaves(config: Config, get: Callable[[str], Any], layout: str, dtype: Any = None) -> Iterator[tuple[str, Any]]:
-    """Foreign tensors as (path, array) of our tree, made one at a time; `get` as `acejax.weights.layout.leaves`."""
-    return layouts.leaves(plan_for(config, layout), leaf_shapes(config), get, dtype)
+def tensors(config: Config, params: Any, layout: str, dtype: Any = None) -> Iterator[tuple[str, np.ndarray]]:
+    """Our tree as (foreign key, contiguous numpy array), made one at a time.
+
+    `dtype` None keeps the tree's; where the parts of a joined tensor differ, the dtype that holds them all.
+
+    Raises:
+      ValueError: a tree that is not the config's.
+    """
+    check_tree(config, params)
+    ours, shapes = flatten_dict(params, sep="/"), expected(config, layout)
+    for key, copies in layouts.grouped(plan_for(config, layout), "key").items():
+        stored = dtype or layouts.common(ours[copy.path].dtype for copy in copies)
+        yield key, layouts.tensor(copies, shapes[key], ours, stored)
 
 
 def to_foreign(config: Config, params: Any, layout: str, dtype: Any = None) -> dict[str, np.ndarray]:
@@ -148,5 +155,11 @@ def to_foreign(config: Config, params: Any, layout: str, dtype: Any = None) -> d
 
 
 def from_foreign(config: Config, get: Callable[[str], Any], layout: str, dtype: Any = None) -> Any:
-    """All of `leaves`: our tree, of numpy arrays."""
-    return unflatten_dict(dict(leaves(config, get, layout, dtype)), sep="/")
+    """Our tree, of numpy arrays, from foreign tensors: `get` is key -> array, or a tensor still on disk.
+
+    `dtype` None keeps the stored one; where a leaf's tensors differ, the dtype that holds them all.
+    """
+    shapes = leaf_shapes(config)
+    made = {path: layouts.leaf(copies, shapes[path], get, dtype or layouts.dtype_of(copies, get))
+            for path, copies in layouts.grouped(plan_for(config, layout), "path").items()}
+    return unflatten_dict(made, sep="/")

@@ -10,7 +10,7 @@ two layouts meet there, without a detour through our tree.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -46,7 +46,7 @@ class Layout:
       marker: our leaf whose foreign key tells the layout.
       prefixes: what may stand before every key; the first one is written.
       twins: key -> the key that it repeats; a file may hold either or both.
-      ignored: keys that some files hold and no model needs.
+      ignored: keys, after any prefix, that some files hold and no model needs.
     """
 
     leaves: Mapping[str, str]
@@ -61,6 +61,25 @@ class Layout:
         module, leaf = path.rsplit("/", 1)
         alone = (module, Conv(module), Conv(module, pointwise=True))
         return next(f"{name}.{self.leaves[leaf]}" for name, ours in self.modules.items() if ours in alone)
+
+    def locate(self, found: Collection[str]) -> tuple[dict[str, str], list[str]] | None:
+        """Where a file with the keys `found` keeps the table's tensors; None when it is not in this layout.
+
+        Returns:
+          Each key under the file's prefix, as the table names it -> as the file does; and the keys outside the prefix.
+          Ignored keys are in neither, and of two twins one is left, under the name of the table.
+        """
+        marker = self.key(self.marker).format(i=0)
+        prefix = next((prefix for prefix in self.prefixes if prefix + marker in found), None)
+        if prefix is None:
+            return None
+        kept = [key for key in found if not any(f".{key}".endswith(f".{name}") for name in self.ignored)]
+        inside = {key.removeprefix(prefix): key for key in kept if key.startswith(prefix)}
+        for twin, key in self.twins.items():
+            if twin in inside:
+                stored = inside.pop(twin)
+                inside.setdefault(key, stored)
+        return inside, [key for key in kept if not key.startswith(prefix)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,35 +163,66 @@ def grouped(copies: Iterable[Copy], field: str) -> dict[str, list[Copy]]:
     return groups
 
 
-def tensors(copies: Iterable[Copy], leaves: Mapping[str, Any], dtype: Any = None) -> Iterator[tuple[str, np.ndarray]]:
-    """Our leaves as (foreign key, contiguous array), made one at a time.
-
-    `dtype` None keeps the tree's; where the parts of a joined tensor differ, the dtype that holds them all.
-    """
-    copies = tuple(copies)
-    shapes = foreign_shapes(copies)
-    for key, parts in grouped(copies, "key").items():
-        tensor = np.empty(shapes[key], dtype or common(leaves[copy.path].dtype for copy in parts))
-        for copy in parts:
-            tensor[copy.region] = copy.to_torch(leaves[copy.path])
-        yield key, tensor
-
-
-def leaves(copies: Iterable[Copy], shapes: Mapping[str, Shape], get: Callable[[str], Any],
-           dtype: Any = None) -> Iterator[tuple[str, np.ndarray]]:
-    """Foreign tensors as (path, array) of our tree, made one at a time.
+def tensor(copies: Iterable[Copy], shape: Shape, leaves: Mapping[str, Any], dtype: Any,
+           region: tuple[slice, ...] | None = None) -> np.ndarray:
+    """One foreign tensor, or a region of it, from our leaves.
 
     Args:
-      copies: the plan.
-      shapes: our path -> shape.
-      get: foreign key -> something with `dtype` that gives an array when sliced: an array, or a tensor still on disk.
-      dtype: what to cast to; None keeps the stored one; where a leaf's tensors differ, the dtype that holds them all.
+      copies: those of its key.
+      shape: of the whole tensor.
+      leaves: our path -> array.
+      dtype: of the result.
     """
-    for path, parts in grouped(copies, "path").items():
-        leaf = np.empty(shapes[path], dtype or common(get(copy.key).dtype for copy in parts))
-        for copy in parts:
-            leaf[copy.index] = copy.from_torch(get(copy.key)[copy.region])
-        yield path, leaf
+    bounds = _bounds(shape, region)
+    made = np.empty([stop - start for start, stop in bounds], dtype)
+    for copy in copies:
+        both = [(max(part.start, start), min(part.stop, stop))
+                for part, (start, stop) in zip(copy.region, bounds, strict=True)]
+        if all(first < last for first, last in both):
+            into = tuple(slice(a - start, b - start) for (a, b), (start, _) in zip(both, bounds, strict=True))
+            taken = tuple(slice(a - at.start, b - at.start) for (a, b), at in zip(both, copy.region, strict=True))
+            made[into] = copy.to_torch(leaves[copy.path])[taken]
+    return made
+
+
+def leaf(copies: Iterable[Copy], shape: Shape, get: Callable[[str], Any], dtype: Any,
+         region: tuple[slice, ...] | None = None) -> np.ndarray:
+    """One of our leaves, or the part of it that one device holds.
+
+    Args:
+      copies: those of the leaf.
+      shape: of the whole leaf.
+      get: foreign key -> something that gives an array when sliced: an array, or a tensor still on disk.
+      dtype: of the result.
+      region: the part, as slices over `shape`; None for all. No more than it is read.
+    """
+    bounds = _bounds(shape, region)
+    made = np.empty([stop - start for start, stop in bounds], dtype)
+    for copy in copies:
+        into, out_of = [], []  # where the block goes in the part, and which of its own axes' elements go there
+        for axis, (start, stop) in enumerate(bounds):
+            at = copy.index[axis] if axis < len(copy.index) else slice(None)
+            if isinstance(at, int):
+                if not start <= at < stop:
+                    break
+                into.append(at - start)
+            else:
+                into.append(slice(None))
+                out_of.append(slice(start, stop))
+        else:
+            made[tuple(into)] = copy.from_torch(get(copy.key)[copy.region])[tuple(out_of)]
+    return made
+
+
+def _bounds(shape: Shape, region: tuple[slice, ...] | None) -> list[tuple[int, int]]:
+    """Start and stop along each axis."""
+    region = (slice(None),) * len(shape) if region is None else region
+    return [part.indices(size)[:2] for part, size in zip(region, shape, strict=True)]
+
+
+def dtype_of(copies: Iterable[Copy], get: Callable[[str], Any]) -> np.dtype:
+    """The dtype that holds all foreign tensors of a leaf."""
+    return common(get(copy.key).dtype for copy in copies)
 
 
 def common(dtypes: Iterable[Any]) -> np.dtype:
@@ -197,3 +247,68 @@ def _torch(leaf: str, block: Shape, ours: str | Joined | Conv) -> tuple[str, Sha
     if isinstance(ours, Conv) and not ours.pointwise:
         return "conv", (block[3], block[2], block[0], block[1])
     return "linear", (math.prod(block[1:]), block[0]) + (1, 1) * isinstance(ours, Conv)
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """One layout's `source[taken]` and another's `target[given]` hold the same numbers in the same order."""
+
+    source: str
+    taken: tuple[slice, ...]
+    target: str
+    given: tuple[slice, ...]
+
+
+def meet(here: Iterable[Copy], there: Iterable[Copy]) -> dict[str, list[Piece]]:
+    """From one layout's plan to another's of the same model: target key -> the pieces that fill it, in order of rows.
+
+    Neighbours in both tensors become one piece, so that a tensor which both layouts store alike is copied whole.
+    """
+    held: dict[tuple[str, int | None], list[Copy]] = {}
+    for copy in here:
+        held.setdefault((copy.path, copy.layer), []).append(copy)
+    pieces: dict[str, list[Piece]] = {}
+    for wanted in there:
+        for copy in held[wanted.path, wanted.layer]:
+            start, stop = max(copy.rows[0], wanted.rows[0]), min(copy.rows[1], wanted.rows[1])
+            if start < stop:
+                piece = Piece(copy.key, _part(copy, start, stop), wanted.key, _part(wanted, start, stop))
+                pieces.setdefault(wanted.key, []).append(piece)
+    return {key: _merged(sorted(parts, key=lambda piece: [part.start for part in piece.given]))
+            for key, parts in pieces.items()}
+
+
+def _part(copy: Copy, start: int, stop: int) -> tuple[slice, ...]:
+    """The region of a copy that holds these rows of the leaf's torch form."""
+    first = copy.region[0].start + start - copy.rows[0]
+    return (slice(first, first + stop - start), *copy.region[1:])
+
+
+def _merged(pieces: list[Piece]) -> list[Piece]:
+    merged = pieces[:1]
+    for piece in pieces[1:]:
+        last = merged[-1]
+        axis = _shared_edge(last, piece)
+        if axis is None:
+            merged.append(piece)
+        else:
+            merged[-1] = Piece(last.source, _extended(last.taken, piece.taken, axis), last.target,
+                               _extended(last.given, piece.given, axis))
+    return merged
+
+
+def _shared_edge(first: Piece, second: Piece) -> int | None:
+    """The axis along which `second` goes on where `first` ends, in both tensors."""
+    if first.source != second.source or len(first.taken) != len(first.given):
+        return None
+    both = list(zip(first.taken + first.given, second.taken + second.given, strict=True))
+    differ = {i % len(first.taken) for i, (a, b) in enumerate(both) if a != b}
+    if len(differ) != 1:
+        return None
+    (axis,) = differ
+    adjoin = all(a.stop == b.start for i, (a, b) in enumerate(both) if i % len(first.taken) == axis)
+    return axis if adjoin else None
+
+
+def _extended(first: tuple[slice, ...], second: tuple[slice, ...], axis: int) -> tuple[slice, ...]:
+    return (*first[:axis], slice(first[axis].start, second[axis].stop), *first[axis + 1:])

@@ -1,145 +1,107 @@
-"""Read a transformer from one safetensors file: layout detected, every tensor accounted for, nothing executed."""
+"""Models from disk as parameters: every tensor accounted for, one shard of one leaf in host memory at a time."""
 
-import dataclasses
+import functools
 import os
-import pathlib
-import re
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
-import safetensors
 from flax.traverse_util import unflatten_dict
+from jax.sharding import Mesh, NamedSharding
 
-from acejax.errors import UserError
-from acejax.model.config import MMDiTConfig
-from acejax.model.mmdit import Params
-from acejax.weights import keymaps
+from acejax.model.config import AutoencoderConfig, CLIPConfig, MMDiTConfig, T5Config
+from acejax.parallel import rules
+from acejax.weights import keymaps, layout
+from acejax.weights.identify import Model, open_model
+from acejax.weights.keymaps import Config
 
-DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
-
-
-@dataclasses.dataclass(frozen=True)
-class Stored:
-    """One tensor of an open file: shape and dtype from its header, numbers read where it is sliced."""
-
-    file: Any
-    key: str
-    shape: tuple[int, ...]
-    dtype: np.dtype
-
-    def __getitem__(self, region: tuple[slice, ...]) -> np.ndarray:
-        return self.file.get_slice(self.key)[region]
+BY_LAYER = 2**28  # bytes from which a stacked leaf goes to a single device layer by layer
+Path = str | os.PathLike
 
 
-def load_mmdit(path: str | os.PathLike, config: MMDiTConfig | None = None, *,
-               dtype: Any = None) -> tuple[MMDiTConfig, Params]:
-    """Read a FLUX or ACE++ transformer, one leaf at a time from a memory map.
+def load_mmdit(path: Path, config: MMDiTConfig | None = None, mesh: Mesh | None = None, *, dtype: Any = None,
+               grow: int | str | None = None) -> tuple[MMDiTConfig, Any]:
+    """Read a FLUX or ACE++ transformer.
 
     Args:
-      path: a local safetensors file in BFL's layout (also with ComfyUI's or swift's prefix) or in diffusers'.
-      config: what the file must hold; None reads it off the tensors, for heads of 128 with FLUX's rope axes.
+      path: a safetensors file in BFL's layout (also with ComfyUI's or swift's prefix) or in diffusers', an index of
+        shards, a folder with one of them, or a diffusers pipeline's folder. Float8 is read as bfloat16.
+      config: what the file must hold; None reads it off the tensors (and a `config.json` beside them).
+      mesh: where the parameters go, by the rules of `acejax.parallel.rules`; None is the default device.
       dtype: dtype of the parameters; None keeps the stored one.
+      grow: widen `img_in` to 384 or 448 channels, the velocity unchanged; see `acejax.weights.identify.open_model`.
 
     Returns:
       The config and its parameters, shaped as by `acejax.init`.
 
     Raises:
-      UserError: no such file, not a whole safetensors file, neither layout, a geometry that the tensors do not tell,
-        or tensors that are missing, left over, of a wrong shape or of a dtype that is no plain float.
+      UserError: see `acejax.weights.identify.open_model`.
     """
-    with _open(path) as file:
-        found = {key: _stored(path, file, key) for key in file.keys()}  # noqa: SIM118 (no dict)
-        layout, prefix = _detect(path, found)
-        config = config or _read_config(path, found, layout, prefix)
-        _check(path, found, {prefix + key: shape for key, shape in keymaps.expected(config, layout).items()}, layout)
-        leaves = keymaps.leaves(config, lambda key: found[prefix + key], layout, dtype)
-        return config, unflatten_dict({name: jnp.asarray(leaf) for name, leaf in leaves}, sep="/")
+    return load(open_model(path, MMDiTConfig, config, grow=grow), mesh, dtype)
 
 
-def _open(path: str | os.PathLike) -> Any:
-    if not pathlib.Path(path).is_file():
-        raise UserError(f"{path}: no such file; expected one safetensors file")
-    try:
-        return safetensors.safe_open(os.fspath(path), framework="numpy")
-    except safetensors.SafetensorError as error:
-        raise UserError(f"{path}: expected a whole safetensors file; found another format or one cut short ({error})"
-                        ) from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
+def load_autoencoder(path: Path, config: AutoencoderConfig | None = None, mesh: Mesh | None = None, *,
+                     dtype: Any = None) -> tuple[AutoencoderConfig, Any]:
+    """Read FLUX's autoencoder in BFL's (`ae.safetensors`) or diffusers' layout; the rest as `load_mmdit`."""
+    return load(open_model(path, AutoencoderConfig, config), mesh, dtype)
 
 
-def _stored(path: str | os.PathLike, file: Any, key: str) -> Stored:
-    tensor = file.get_slice(key)
-    if tensor.get_dtype() not in DTYPES:
-        raise UserError(f"{path}: {key!r} is stored as {tensor.get_dtype()}; expected one of {', '.join(DTYPES)}")
-    return Stored(file, key, tuple(tensor.get_shape()), np.dtype(DTYPES[tensor.get_dtype()]))
+def load_t5(path: Path, config: T5Config | None = None, mesh: Mesh | None = None, *,
+            dtype: Any = None) -> tuple[T5Config, Any]:
+    """Read a T5 v1.1 encoder in HF's layout; the rest as `load_mmdit`."""
+    return load(open_model(path, T5Config, config), mesh, dtype)
 
 
-def _detect(path: str | os.PathLike, found: Mapping[str, Stored]) -> tuple[str, str]:
-    """Layout and prefix, told by the name of the image tokens' projection."""
-    markers = {layout: keymaps.LAYOUTS[layout].key("img_in/kernel") for layout in keymaps.LAYOUTS}
-    for prefix in keymaps.PREFIXES:
-        for layout, marker in markers.items():
-            if prefix + marker in found:
-                return layout, prefix
-    some = ", ".join(sorted(found)[:3]) or "no tensors"
-    wanted = " or ".join(f"{marker!r} ({layout})" for layout, marker in markers.items())
-    raise UserError(f"{path}: not a FLUX transformer: expected {wanted}, alone or after 'model.diffusion_model.' or "
-                    f"'model.'; found {some}{_more(found, 3)}")
+def load_clip(path: Path, config: CLIPConfig | None = None, mesh: Mesh | None = None, *,
+              dtype: Any = None) -> tuple[CLIPConfig, Any]:
+    """Read a CLIP text encoder in HF's layout, with or without `text_model.`; the rest as `load_mmdit`."""
+    return load(open_model(path, CLIPConfig, config), mesh, dtype)
 
 
-def _read_config(path: str | os.PathLike, found: Mapping[str, Stored], layout: str, prefix: str) -> MMDiTConfig:
-    """The geometry that shapes tell. How rope splits a head over its axes is in no tensor: heads must be FLUX's."""
-    flux = MMDiTConfig()
-
-    def name(leaf: str, layer: int | str = 0) -> str:
-        return prefix + keymaps.LAYOUTS[layout].key(leaf).format(i=layer)
-
-    def shape(leaf: str, axes: int = 2) -> tuple[int, ...]:
-        tensor = found.get(name(leaf))
-        if tensor is None or len(tensor.shape) != axes or 0 in tensor.shape:
-            raise UserError(f"{path}: {name(leaf)!r} is {tensor.shape if tensor else 'missing'}; expected {axes} axes, "
-                            "none empty, to read the config from (or give config=)")
-        return tensor.shape
-
-    def depth(leaf: str) -> int:
-        pattern = re.escape(name(leaf, "LAYER")).replace("LAYER", "([0-9]{1,9})")
-        layers = filter(None, (re.fullmatch(pattern, key) for key in found))
-        return min(1 + max((int(layer[1]) for layer in layers), default=0), len(found))  # a wild number costs nothing
-
-    hidden, channels = shape("img_in/kernel")
-    (head,) = shape("double_blocks/img/query_norm/scale", axes=1)
-    if head != flux.head_dim or hidden % head:
-        raise UserError(f"{path}: {name('img_in/kernel')!r} has shape {(hidden, channels)} and "
-                        f"{name('double_blocks/img/query_norm/scale')!r} has {(head,)}; expected FLUX's heads "
-                        f"of {flux.head_dim} and a multiple of it, to read the config from (or give config=)")
-    return MMDiTConfig(
-        in_channels=channels, out_channels=shape("final_layer/linear/kernel")[0], hidden_size=hidden,
-        num_heads=hidden // head, depth=depth("double_blocks/img/query_norm/scale"),
-        depth_single_blocks=depth("single_blocks/query_norm/scale"),
-        mlp_ratio=shape("double_blocks/img/mlp_in/kernel")[0] / hidden, context_in_dim=shape("txt_in/kernel")[1],
-        vec_in_dim=shape("vector_in/in_layer/kernel")[1], guidance_embed=name("guidance_in/in_layer/kernel") in found)
+def load(model: Model, mesh: Mesh | None = None, dtype: Any = None) -> tuple[Config, Any]:
+    """The parameters of a model that is open; see `load_mmdit`."""
+    shapes = keymaps.leaf_shapes(model.config)
+    placement = _placement(shapes, mesh)
+    get = model.tensors.__getitem__
+    leaves = {}
+    for path, copies in layout.grouped(keymaps.plan_for(model.config, model.layout), "path").items():
+        read = functools.partial(layout.leaf, copies, shapes[path], get, dtype or layout.dtype_of(copies, get))
+        leaves[path] = put(shapes[path], read, placement[path])
+    return model.config, unflatten_dict(leaves, sep="/")
 
 
-def _check(path: str | os.PathLike, found: Mapping[str, Stored], expected: Mapping[str, tuple[int, ...]],
-           layout: str) -> None:
-    """Every expected tensor is there in its shape, and no other."""
-    missing = [key for key in expected if key not in found]
-    if missing:
-        raise UserError(f"{path}: {missing[0]!r}{_more(missing)} is missing; expected {expected[missing[0]]} "
-                        f"({len(expected)} tensors in the {layout} layout, found {len(found)})")
-    extra = sorted(found.keys() - expected.keys())
-    if extra:
-        raise UserError(f"{path}: {extra[0]!r}{_more(extra)} is left over, found {found[extra[0]].shape}; expected "
-                        f"the {len(expected)} tensors of the {layout} layout alone")
-    wrong = [key for key, shape in expected.items() if found[key].shape != shape]
-    if wrong:
-        raise UserError(f"{path}: {wrong[0]!r}{_more(wrong)} has shape {found[wrong[0]].shape}; "
-                        f"expected {expected[wrong[0]]}")
+def _placement(shapes: dict[str, layout.Shape], mesh: Mesh | None) -> dict[str, NamedSharding | None]:
+    if mesh is None:
+        return dict.fromkeys(shapes)
+    return rules.shardings({path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in shapes.items()}, mesh)
 
 
-def _more(keys: Any, shown: int = 1) -> str:
-    return f" (and {len(keys) - shown} more)" if len(keys) > shown else ""
+def put(shape: layout.Shape, read: Callable[..., np.ndarray], sharding: NamedSharding | None) -> jax.Array:
+    """A leaf on its devices; the host holds one device's part at a time, or one layer of it for a single device.
+
+    `read(region)` gives the part that slices of the leaf name, `read()` all of it.
+    """
+    if sharding is None:
+        if len(shape) < 3 or np.prod(shape) * 4 < BY_LAYER:
+            return jnp.asarray(read())
+        return _by_layer(shape, read)
+    parts = [jax.device_put(read(region), device).block_until_ready()
+             for device, region in sharding.addressable_devices_indices_map(shape).items()]
+    return jax.make_array_from_single_device_arrays(shape, sharding, parts)
+
+
+def _by_layer(shape: layout.Shape, read: Callable[..., np.ndarray]) -> jax.Array:
+    """Fill a buffer on the device, in place."""
+    rest = (slice(None),) * (len(shape) - 1)
+    first = read((slice(0, 1), *rest))
+    filled = jnp.zeros(shape, first.dtype)
+    for i in range(shape[0]):
+        filled = _insert(filled, first if i == 0 else read((slice(i, i + 1), *rest)), i)
+    return filled
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _insert(filled: jax.Array, layer: jax.Array, i: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(filled, layer, i, 0)

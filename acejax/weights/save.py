@@ -1,40 +1,169 @@
-"""Write a transformer as one safetensors file that other programs read."""
+"""Write models as safetensors that other programs read; what is written appears whole or not at all."""
 
+import contextlib
+import dataclasses
+import json
+import math
 import os
 import pathlib
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from safetensors.numpy import save_file
+import numpy as np
+from flax.traverse_util import flatten_dict
 
-from acejax.model.config import MMDiTConfig
-from acejax.model.mmdit import Params
-from acejax.weights import keymaps
+from acejax.errors import UserError
+from acejax.model.config import AutoencoderConfig, MMDiTConfig
+from acejax.weights import geometry, keymaps, layout
+from acejax.weights.keymaps import Config
+from acejax.weights.source import NAMES
+
+SHARD = 10 * 10**9  # bytes of one file in a folder, as diffusers cuts
+METADATA = {"format": "pt"}  # transformers refuses files without a format
 
 
-def save_mmdit(path: str | os.PathLike, config: MMDiTConfig, params: Params, layout: str = "bfl",
-               dtype: Any = None) -> None:
-    """Write `params`; the file appears whole or not at all, and `load_mmdit` gives the same numbers back.
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A tensor to be written."""
 
-    The foreign tensors are made in memory before they are written.
+    key: str
+    dtype: np.dtype
+    shape: layout.Shape
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def save_model(path: str | os.PathLike, config: Config, params: Any, layout: str = "bfl", dtype: Any = None) -> None:
+    """Write a transformer, autoencoder or text encoder; loading it gives the same numbers back.
+
+    One foreign tensor at a time is made in memory.
 
     Args:
-      path: a local file; its folder is made where it is absent.
+      path: a local `.safetensors` file, which is replaced where it is there; or a folder to be made, which gets a
+        `config.json` and files of at most 10 GB, as diffusers and transformers read them.
       config: the model of `params`.
-      params: as by `acejax.init`.
-      layout: "bfl" (as FLUX and ACE++ are published) or "diffusers".
+      params: as by its `init` or loader.
+      layout: "bfl" (as FLUX and ACE++ are published) or "diffusers"; text encoders have "hf" alone.
       dtype: what to store; None stores the parameters' own.
 
     Raises:
+      UserError: a folder that is there already, or a path that can't be written.
       ValueError: a tree that is not the config's, or an unknown layout.
     """
-    if layout not in keymaps.LAYOUTS:
-        raise ValueError(f"layout is {layout!r}; known: {', '.join(keymaps.LAYOUTS)}")
-    path = pathlib.Path(path)
-    tensors = keymaps.to_foreign(config, params, layout, dtype)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    known = keymaps.layouts_of(config)
+    if layout not in known:
+        raise ValueError(f"layout is {layout!r}; known: {', '.join(known)}")
+    keymaps.check_tree(config, params)
+    entries = _entries(config, params, layout, dtype)
+    contents = (tensor.reshape(-1).view(np.uint8) for _, tensor in keymaps.tensors(config, params, layout, dtype))
+    with beside(pathlib.Path(path), replace=True) as place:
+        sync(write(place, config, entries, contents))
+
+
+def _entries(config: Config, params: Any, name: str, dtype: Any) -> list[Entry]:
+    ours = flatten_dict(params, sep="/")
+    shapes, prefix = keymaps.expected(config, name), keymaps.layouts_of(config)[name].prefixes[0]
+    return [Entry(prefix + key, np.dtype(dtype or layout.common(ours[copy.path].dtype for copy in copies)), shapes[key])
+            for key, copies in layout.grouped(keymaps.plan_for(config, name), "key").items()]
+
+
+@contextlib.contextmanager
+def beside(target: pathlib.Path, replace: bool = False) -> Iterator[pathlib.Path]:
+    """A place next to `target` that takes its name at the end, or leaves nothing behind after an error.
+
+    Raises:
+      UserError: the target is there already (a folder, or `replace` is not said), or can't be written.
+    """
+    if target.exists() and not (replace and target.is_file()):
+        raise UserError(f"{target}: is there already; give another place, nothing is overwritten")
+    place = target.with_name(f".{os.getpid()}.{target.name}")
     try:
-        save_file(tensors, beside, metadata={"format": "pt"})  # transformers refuses files without a format
-        beside.replace(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield place
+        place.replace(target)
+        sync([target.parent])
+    except OSError as error:
+        raise UserError(f"{target}: cannot be written ({error})") from None
     finally:
-        beside.unlink(missing_ok=True)
+        if place.is_dir():
+            shutil.rmtree(place)
+        place.unlink(missing_ok=True)
+
+
+def write(place: pathlib.Path, config: Config, entries: Sequence[Entry],
+          contents: Iterable[np.ndarray]) -> list[pathlib.Path]:
+    """Write a file (a name that ends in .safetensors) or a folder; returns the tensor files.
+
+    `contents` are the tensors' bytes one after the other, in pieces of any size.
+    """
+    contents = iter(contents)
+    if place.suffix == ".safetensors":
+        files = [place]
+        _write_file(place, entries, contents)
+    else:
+        files = _write_folder(place, config, entries, contents)
+    for _ in contents:  # lets a generator end, too
+        raise RuntimeError(f"{place}: more bytes than its tensors have")
+    return files
+
+
+def _write_folder(place: pathlib.Path, config: Config, entries: Sequence[Entry],
+                  contents: Iterator[np.ndarray]) -> list[pathlib.Path]:
+    place.mkdir()
+    (place / "config.json").write_text(json.dumps(geometry.to_json(config), indent=2) + "\n")
+    stem = "diffusion_pytorch_model" if isinstance(config, MMDiTConfig | AutoencoderConfig) else "model"
+    shards = _shards(entries)
+    names = ([f"{stem}.safetensors"] if len(shards) == 1 else
+             [f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)])
+    for name, shard in zip(names, shards, strict=True):
+        _write_file(place / name, shard, contents)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": sum(entry.nbytes for entry in entries)},
+                 "weight_map": {entry.key: name for name, shard in zip(names, shards, strict=True) for entry in shard}}
+        (place / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    return [place / name for name in names]
+
+
+def _shards(entries: Sequence[Entry]) -> list[list[Entry]]:
+    """Entries in order, in groups of at most SHARD bytes."""
+    shards: list[list[Entry]] = [[]]
+    size = 0
+    for entry in entries:
+        if shards[-1] and size + entry.nbytes > SHARD:
+            shards.append([])
+            size = 0
+        shards[-1].append(entry)
+        size += entry.nbytes
+    return shards
+
+
+def _write_file(path: pathlib.Path, entries: Sequence[Entry], contents: Iterator[np.ndarray]) -> None:
+    """One safetensors file (huggingface/safetensors README): its header is known before any number is."""
+    header: dict[str, Any] = {"__metadata__": METADATA}
+    end = 0
+    for entry in entries:
+        header[entry.key] = {"dtype": NAMES[entry.dtype], "shape": entry.shape,
+                             "data_offsets": (end, end + entry.nbytes)}
+        end += entry.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb", buffering=0) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        while end:
+            left = memoryview(next(contents))
+            end -= len(left)
+            while left:  # a raw write may take less than it is given
+                left = left[file.write(left):]
+
+
+def sync(files: Iterable[pathlib.Path]) -> None:
+    """Wait until the disk has them."""
+    for path in files:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -3,6 +3,7 @@
 import numpy as np
 
 import acejax
+from acejax.model.config import CLIPConfig, T5Config
 from acejax.weights import keymaps
 
 CHANNELS = (64, 384, 448)
@@ -21,11 +22,38 @@ def autoencoder() -> acejax.AutoencoderConfig:
     return acejax.AutoencoderConfig(ch=16, num_groups=8)
 
 
-def state(model: keymaps.Config, seed: int = 0) -> dict[str, np.ndarray]:
-    """Random weights in BFL's layout; none is 0 or 1 throughout, so that none can be mistaken for another."""
+def t5_config() -> T5Config:
+    """Three layers whose heads are together narrower than the stream, FLUX's buckets."""
+    return T5Config(vocab_size=64, d_model=16, d_kv=4, d_ff=40, num_layers=3, num_heads=3)
+
+
+def clip_config() -> CLIPConfig:
+    return CLIPConfig(vocab_size=64, hidden_size=16, intermediate_size=40, num_hidden_layers=3, num_attention_heads=2,
+                      max_position_embeddings=12)
+
+
+def t5_ids() -> np.ndarray:
+    """[2, 150]: a short and a long prompt, then the end token and pads; 128 tokens apart the last bucket serves."""
+    ids = np.random.default_rng(2).integers(2, t5_config().vocab_size, (2, 150), np.int32)
+    for row, end in zip(ids, (9, 139), strict=True):
+        row[end], row[end + 1:] = 1, 0
+    return ids
+
+
+def clip_ids() -> np.ndarray:
+    """[4, 12]: the end token, which also pads, first comes at 1, 5, 10 and 11."""
+    end = clip_config().vocab_size - 1
+    ids = np.random.default_rng(3).integers(0, end - 1, (4, 12), np.int32)
+    for row, at in zip(ids, (1, 5, 10, 11), strict=True):
+        row[0], row[at:] = end - 1, end
+    return ids
+
+
+def state(model: keymaps.Config, seed: int = 0, layout: str = "bfl") -> dict[str, np.ndarray]:
+    """Random weights in a foreign layout; none is 0 or 1 throughout, so that none can be mistaken for another."""
     draw = np.random.default_rng(seed).standard_normal
     tensors = {}
-    for key, shape in sorted(keymaps.expected(model, "bfl").items()):
+    for key, shape in sorted(keymaps.expected(model, layout).items()):
         mean = 1 if len(shape) == 1 and not key.endswith("bias") else 0  # the scale of a norm
         std = 0.3 if len(shape) == 1 else np.prod(shape[1:]) ** -0.5
         tensors[key] = (mean + std * draw(shape)).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Record what diffusers makes of the small cases: `python -m tests.goldens.make` (needs torch and diffusers)."""
+"""Record what diffusers and transformers make of the small cases: `python -m tests.goldens.make` (needs torch)."""
 
 import pathlib
 
@@ -10,6 +10,7 @@ from tests.goldens import cases
 
 FLUX = pathlib.Path(__file__).with_name("flux.npz")
 AUTOENCODER = pathlib.Path(__file__).with_name("autoencoder.npz")
+TEXT = pathlib.Path(__file__).with_name("text.npz")
 
 
 def name(channels: int, guidance: float) -> str:
@@ -33,7 +34,15 @@ def autoencoder() -> dict[str, np.ndarray]:
     return judges.autoencoder(model, cases.state(model), *cases.pictures_and_latents())
 
 
+def text() -> dict[str, np.ndarray]:
+    """What transformers' T5 and CLIP make of `cases`' weights and ids."""
+    t5, clip = cases.t5_config(), cases.clip_config()
+    hidden, pooled = judges.clip_features(clip, cases.state(clip, layout="hf"), cases.clip_ids())
+    return {"t5": judges.t5_features(t5, cases.state(t5, layout="hf"), cases.t5_ids()),
+            "clip_hidden": hidden, "clip_pooled": pooled}
+
+
 if __name__ == "__main__":
-    for path, record in ((FLUX, flux), (AUTOENCODER, autoencoder)):
-        np.savez_compressed(path, **record())
+    for path, make in ((FLUX, flux), (AUTOENCODER, autoencoder), (TEXT, text)):
+        np.savez_compressed(path, **make())
         print(f"{path}: {path.stat().st_size:,} bytes")

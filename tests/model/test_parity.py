@@ -1,7 +1,4 @@
-"""The MMDiT computes what FLUX computes, and the same however it is executed.
-
-"Within x of std" is the greatest difference over the standard deviation of the expected output.
-"""
+"""The MMDiT computes what FLUX computes, and the same however it is executed."""
 
 import dataclasses
 
@@ -17,17 +14,12 @@ from acejax.model.mmdit import timestep_embedding
 from acejax.weights import keymaps
 from tests import judges
 from tests.goldens import cases, make
+from tests.judges import difference
 
 # at guidance 50 one embedding angle is 50,000: the last bit of one float32 frequency moves the output by 1e-3 of std
 TOLERANCE = {1.0: 1e-4, 3.5: 1e-4, 50.0: 5e-3}
 over_cases = pytest.mark.parametrize("guidance", cases.GUIDANCE)
 over_channels = pytest.mark.parametrize("channels", cases.CHANNELS)
-
-
-def difference(found, expected) -> float:
-    found, expected = (np.asarray(x, np.float32) for x in (found, expected))
-    assert found.shape == expected.shape
-    return float(np.abs(found - expected).max() / expected.std())
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 import acejax
 from acejax.weights import keymaps
 from acejax.weights.load import load_mmdit
-from acejax.weights.save import save_mmdit
+from acejax.weights.save import save_model
 from tests.goldens import cases
 
 MODEL = cases.config()
@@ -54,7 +54,7 @@ def test_layouts_and_prefixes_are_detected(tmp_path, state, layout, prefix):
 def test_config_is_read_off_the_tensors(tmp_path, layout, guidance):
     model = dataclasses.replace(FLUX_HEADS, guidance_embed=guidance)
     params = keymaps.from_foreign(model, cases.state(model).__getitem__, "bfl")
-    save_mmdit(tmp_path / "x.safetensors", model, params, layout)
+    save_model(tmp_path / "x.safetensors", model, params, layout)
     config, found = load_mmdit(tmp_path / "x.safetensors")
     assert config == model
     assert_same(found, params)
@@ -64,7 +64,7 @@ def test_config_is_read_off_the_tensors(tmp_path, layout, guidance):
 def test_save_and_load_are_inverse(tmp_path, state, kind):
     params = keymaps.from_foreign(MODEL, state.__getitem__, "bfl")
     path = kind(tmp_path / "new" / "x.safetensors")
-    save_mmdit(path, MODEL, params)
+    save_model(path, MODEL, params)
     assert [file.name for file in (tmp_path / "new").iterdir()] == ["x.safetensors"]
     stored = load_file(path)
     assert stored.keys() == state.keys()
@@ -77,19 +77,19 @@ def test_failed_save_keeps_the_old_file(tmp_path, state, monkeypatch):
     path = tmp_path / "x.safetensors"
     path.write_bytes(b"old")
 
-    def full_disk(tensors, beside, metadata):
-        pathlib.Path(beside).write_bytes(b"half")
+    def full_disk(path, entries, contents):
+        path.write_bytes(b"half")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("acejax.weights.save.save_file", full_disk)
-    with pytest.raises(OSError, match="no space"):
-        save_mmdit(path, MODEL, params)
+    monkeypatch.setattr("acejax.weights.save._write_file", full_disk)
+    with pytest.raises(acejax.UserError, match="cannot be written .*no space"):
+        save_model(path, MODEL, params)
     assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("x.safetensors", b"old")]
 
 
 def test_unknown_layout():
     with pytest.raises(ValueError, match="layout is 'comfy'; known: bfl, diffusers"):
-        save_mmdit("x", MODEL, {}, layout="comfy")
+        save_model("x", MODEL, {}, layout="comfy")
 
 
 def test_dtypes(tmp_path, state):
@@ -102,8 +102,8 @@ def test_dtypes(tmp_path, state):
     cast = load_mmdit(path, MODEL, dtype=jnp.float32)[1]
     assert_same(cast, jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params))
 
-    save_mmdit(tmp_path / "f16", MODEL, params, dtype=np.float16)
-    with safe_open(tmp_path / "f16", framework="numpy") as file:
+    save_model(tmp_path / "f16.safetensors", MODEL, params, dtype=np.float16)
+    with safe_open(tmp_path / "f16.safetensors", framework="numpy") as file:
         assert {file.get_slice(key).get_dtype() for key in file.keys()} == {"F16"}  # noqa: SIM118
 
     mixed = half | {"single_blocks.1.linear1.weight": state["single_blocks.1.linear1.weight"]}
@@ -127,7 +127,7 @@ def refused(path, *parts, config=MODEL):
 
 def test_missing_file(tmp_path):
     refused(tmp_path / "absent.safetensors", "no such file")
-    refused(tmp_path, "no such file")
+    refused(tmp_path, "expected one safetensors file or index in this folder; found none")
 
 
 class Dangerous:

@@ -1,0 +1,140 @@
+"""`acejax convert SRC DST --to LAYOUT`: weights from one format to another, with a report that nothing was lost."""
+
+import argparse
+import collections
+import dataclasses
+import json
+import math
+import pathlib
+import re
+import sys
+
+import ml_dtypes
+import numpy as np
+from tqdm import tqdm
+
+from acejax.errors import UserError
+from acejax.model.config import MMDiTConfig
+from acejax.weights import convert, hub, identify, keymaps, load, pickles, save
+from acejax.weights.convert import Report
+from acejax.weights.identify import Model
+
+DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16,
+          "float8_e4m3fn": ml_dtypes.float8_e4m3fn, "float8_e5m2": ml_dtypes.float8_e5m2}
+GROW = {str(value): value for value in identify.GROW}
+COMFY = "model.diffusion_model."
+# a folder of a diffusers pipeline -> the file that BFL and ComfyUI call it
+FILES = {"transformer": "flux.safetensors", "vae": "ae.safetensors", "text_encoder": "clip_l.safetensors",
+         "text_encoder_2": "t5xxl.safetensors"}
+ORBAX_COPIES = 2.3  # of the tree, in memory while Orbax saves it and while it is read back
+
+
+def main(argv: list[str]) -> int:
+    """Convert and print the report; 1 when NaN or infinity is in the weights.
+
+    Raises:
+      UserError: whatever is wrong with the source, the flags or the target; nothing is left half-written.
+    """
+    args = _parser().parse_args(argv)
+    if (target := pathlib.Path(args.target)).exists():
+        raise UserError(f"{target}: is there already; give another place, nothing is overwritten")
+    path = hub.fetch(args.source) if hub.looks_like_id(args.source) else pathlib.Path(args.source)
+    whole = identify.pipeline(path)
+    inside = {name: name if args.to in ("diffusers", "orbax") else FILES[name] for name in whole}
+    jobs = [(path / name, target / file) for name, file in inside.items()] or [(path, target)]
+    reports = [_convert(_open(source, args), place, args) for source, place in jobs]
+    print("\n\n".join(map(table, reports)))
+    if args.json:
+        pathlib.Path(args.json).write_text(json.dumps([report.to_json() for report in reports], indent=2) + "\n")
+    return int(any(report.not_finite for report in reports))
+
+
+def table(report: Report) -> str:
+    """The report for people; `--json` has every tensor."""
+    written = collections.Counter(f"{row.stored} to {row.dtype}" if row.stored != row.dtype else row.dtype
+                                  for row in report.rows)
+    dtypes = ", ".join(f"{count} {name}" for name, count in written.items())
+    more = f" and {len(report.files) - 1} more" if len(report.files) > 1 else ""
+    extra = ", ".join(report.left_over[:3]) + (" ..." if len(report.left_over) > 3 else "")
+    lines = {
+        "source": f"{report.source}: {report.model}, {report.found}",
+        "target": f"{report.files[0]}{more}: {report.written}",
+        "used": f"{report.used} tensors, each exactly once; {len(report.twins)} repeat another",
+        "left over": f"{len(report.left_over)} {extra}",
+        "written": f"{len(report.rows)} tensors, all filled: {dtypes}",
+        "change": f"{report.change:g} at most, by the conversion of dtype",
+        "NaN or Inf": ", ".join(report.not_finite) or "none",
+        "back again": f"{report.exact} of {report.used} tensors bit for bit"}
+    return "\n".join(f"{name:<11} {text}" for name, text in lines.items())
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="acejax convert", description="Convert weights of FLUX and ACE++ (transformer, autoencoder, text "
+        "encoders, LoRA, or a whole diffusers pipeline) and verify what was written.")
+    parser.add_argument("source", metavar="SRC", help="a safetensors file, an index of shards, a folder, a diffusers "
+                        "pipeline, an Orbax folder or workdir, a PyTorch file (needs torch), or a hub id "
+                        "OWNER/NAME[/FILE]")
+    parser.add_argument("target", metavar="DST", help="a .safetensors file, or a folder (diffusers, orbax, pipelines)")
+    parser.add_argument("--to", required=True, choices=("bfl", "comfy", "diffusers", "orbax"))
+    parser.add_argument("--dtype", choices=DTYPES, help="what to store; each tensor's own by default")
+    parser.add_argument("--grow", nargs="?", const="448", choices=GROW, help="widen img_in to 384 or 448 channels, the "
+                        "velocity unchanged; 'reference' widens to 448 with the mask shifted, as ACE_plus does")
+    parser.add_argument("--allow-extra", action="store_true", help="leave tensors alone that the model does not have")
+    parser.add_argument("--json", metavar="FILE", help="write the report there, with every tensor")
+    return parser
+
+
+def _open(path: pathlib.Path, args: argparse.Namespace) -> Model:
+    grow = GROW.get(args.grow)
+    if path.suffix in pickles.SUFFIXES and path.is_file():
+        return identify.identify(pickles.open_pickle(path), grow=grow, allow_extra=args.allow_extra)
+    if (path / "model.json").is_file() or (path / "config.json").is_file() and (path / "checkpoints").is_dir():
+        if grow:
+            raise UserError(f"{path}: --grow works on safetensors; convert to bfl first")
+        from acejax import checkpoint  # Orbax takes a second to import
+
+        config, params = checkpoint.load_weights(path)
+        return convert.of_tree(path, config, params)
+    return identify.open_model(path, grow=grow, allow_extra=args.allow_extra)
+
+
+def _convert(model: Model, target: pathlib.Path, args: argparse.Namespace) -> Report:
+    dtype = DTYPES.get(args.dtype)
+    if args.to == "orbax":
+        return _to_orbax(model, target, dtype)
+    known = list(keymaps.layouts_of(model.config))
+    if args.to == "diffusers" or target.suffix == ".safetensors":
+        layout = args.to if args.to in known else known[0]
+    else:
+        raise UserError(f"{target}: expected a name that ends in .safetensors for --to {args.to}")
+    prefix = COMFY if args.to == "comfy" and isinstance(model.config, MMDiTConfig) else None
+    total = 2 * sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in model.tensors.values())
+    with tqdm(total=total, unit="B", unit_scale=True, desc=target.name, disable=not sys.stderr.isatty()) as bar:
+        return convert.convert(model, target, layout, dtype, prefix, bar.update)
+
+
+def _to_orbax(model: Model, target: pathlib.Path, dtype: np.dtype | None) -> Report:
+    """The tree through memory into an Orbax folder; the report compares what comes back."""
+    size = sum(math.prod(tensor.shape) * np.dtype(dtype or tensor.dtype).itemsize for tensor in model.tensors.values())
+    free = _free_memory()
+    if free is not None and ORBAX_COPIES * size > free:
+        raise UserError(f"{target}: an Orbax folder is made in memory and needs {ORBAX_COPIES * size / 1e9:.1f} GB; "
+                        f"{free / 1e9:.1f} GB are free. acejax reads safetensors everywhere: convert to bfl instead, "
+                        "or run this on a larger machine")
+    from acejax import checkpoint
+
+    _, params = load.load(model, dtype=dtype)
+    with save.beside(target) as place:
+        checkpoint.save_weights(place, model.config, params)
+        back = convert.of_tree(place, *checkpoint.load_weights(place))
+        report = convert.compare(model, back, dtype)
+    return dataclasses.replace(report, written="orbax", files=(str(target),))
+
+
+def _free_memory() -> int | None:
+    """Bytes that a process may still take; None where the system does not say."""
+    try:
+        return 1024 * int(re.search(r"MemAvailable:\s+(\d+)", pathlib.Path("/proc/meminfo").read_text())[1])
+    except (OSError, TypeError):
+        return None

@@ -1,0 +1,117 @@
+"""Speed of a verified conversion against a plain copy: `acejax bench convert --gb 8`.
+
+A transformer of FLUX's real widths, its depth cut to the size asked for, goes from BFL's layout to diffusers' and back.
+Both sides end with fsync and take turns; a ratio is the median of `--repeat` pairs.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+import ml_dtypes
+import numpy as np
+
+from acejax.errors import UserError
+from acejax.model.config import MMDiTConfig
+from acejax.weights import keymaps, save
+
+BLOCK = 2**24
+SINGLE, DOUBLE = 141_591_808, 339_831_296  # parameters of one block; ace_spec's counts, checked by the tests
+
+
+def main(argv: list[str]) -> int:
+    """Measure and print; `--json` keeps the figures."""
+    parser = argparse.ArgumentParser(prog="acejax bench convert", description=__doc__.splitlines()[0])
+    parser.add_argument("--gb", type=float, default=8, help="size of the file, in 10^9 bytes of bfloat16")
+    parser.add_argument("--repeat", type=int, default=3, help="pairs of copy and conversion, each way")
+    parser.add_argument("--folder", default=None, help="where to work; needs three times the size")
+    parser.add_argument("--json", metavar="FILE", help="write the figures there")
+    args = parser.parse_args(argv)
+    config = sized(args.gb)
+    nbytes = 2 * sum(int(np.prod(shape)) for shape in keymaps.expected(config, "bfl").values())
+    with tempfile.TemporaryDirectory(dir=args.folder, prefix="acejax-convert-") as folder:
+        free = shutil.disk_usage(folder).free
+        if free < 3 * nbytes:
+            raise UserError(f"{folder}: {free / 1e9:.0f} GB are free; {args.gb:g} GB need {3 * nbytes / 1e9:.0f}")
+        figures = measure(pathlib.Path(folder), config, args.repeat) | {"bytes": nbytes}
+    for way, row in figures["ways"].items():
+        print(f"{way:<18} {row['convert_seconds']:6.1f} s   cp {row['cp_seconds']:6.1f} s   "
+              f"speed {row['speed_of_cp']:.2f} of cp   peak {row['peak_bytes'] / 1e6:.0f} MB")
+    print(f"{nbytes / 1e9:.1f} GB, largest tensor {figures['largest_tensor'] / 1e6:.0f} MB; allowed peak "
+          f"{figures['allowed_peak'] / 1e6:.0f} MB")
+    if args.json:
+        pathlib.Path(args.json).write_text(json.dumps(figures, indent=2) + "\n")
+    return 0
+
+
+def sized(gb: float) -> MMDiTConfig:
+    """FLUX's Fill transformer with as many blocks, two single ones to a double one, as make up the size."""
+    depth = max(1, round(gb * 1e9 / 2 / (DOUBLE + 2 * SINGLE)))
+    return dataclasses.replace(MMDiTConfig.flux_fill(), depth=depth, depth_single_blocks=2 * depth)
+
+
+def measure(folder: pathlib.Path, config: MMDiTConfig, repeat: int) -> dict:
+    """Seconds of `cp` and of conversion, each way, and the greatest memory of a conversion."""
+    bfl, diffusers, copy = folder / "bfl.safetensors", folder / "diffusers.safetensors", folder / "copy"
+    largest = generate(bfl, config)
+    ways = {}
+    for source, target, to in ((bfl, diffusers, "diffusers"), (diffusers, bfl, "bfl")):
+        pairs = []
+        for _ in range(repeat):
+            cp = _timed(["cp", str(source), str(copy)], copy)
+            target.unlink(missing_ok=True)
+            ours = _timed([sys.executable, "-m", "acejax.cli.main", "convert", str(source), str(target), "--to", to])
+            pairs.append((cp[0], *ours))
+        ratios = [cp / ours for cp, ours, _ in pairs]
+        ways[f"to {to}"] = {
+            "cp_seconds": statistics.median(pair[0] for pair in pairs),
+            "convert_seconds": statistics.median(pair[1] for pair in pairs),
+            "speed_of_cp": statistics.median(ratios), "pairs": [pair[:2] for pair in pairs],
+            "peak_bytes": max(pair[2] for pair in pairs)}
+        if to == "diffusers":
+            bfl.unlink()
+    return {"ways": ways, "largest_tensor": largest, "allowed_peak": 3 * largest + 600_000_000}
+
+
+def generate(path: pathlib.Path, config: MMDiTConfig) -> int:
+    """A file of random bfloat16 weights; the bytes of its largest tensor."""
+    entries = [save.Entry(key, np.dtype(ml_dtypes.bfloat16), shape)
+               for key, shape in keymaps.expected(config, "bfl").items()]
+    noise = np.random.default_rng(0).standard_normal(BLOCK // 2, np.float32).astype(ml_dtypes.bfloat16).view(np.uint8)
+
+    def contents():
+        for i, entry in enumerate(entries):
+            for start in range(0, entry.nbytes, BLOCK):
+                size = min(BLOCK, entry.nbytes - start)
+                turn = 2 * (i * 977 + start // BLOCK * 131) % (BLOCK - size + 2)
+                yield noise[turn:turn + size]
+
+    with save.beside(path) as place:
+        save.sync(save.write(place, config, entries, contents()))
+    return max(entry.nbytes for entry in entries)
+
+
+def _timed(command: list[str], result: pathlib.Path | None = None) -> tuple[float, int]:
+    """Seconds of a command, with fsync of its result, and its greatest resident memory in bytes."""
+    if result:
+        result.unlink(missing_ok=True)
+    os.sync()
+    started = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    if result:
+        save.sync([result])
+    seconds = time.perf_counter() - started
+    if status:
+        raise UserError(f"{' '.join(command[:3])} failed with status {os.waitstatus_to_exitcode(status)}")
+    if result:
+        result.unlink()
+    return seconds, usage.ru_maxrss * 1024

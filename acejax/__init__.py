@@ -18,11 +18,12 @@ __version__ = "0.1.0"
 
 _LAZY = {"load_mmdit": "acejax.weights.load", "load_autoencoder": "acejax.weights.load",
          "load_t5": "acejax.weights.load", "load_clip": "acejax.weights.load", "save_model": "acejax.weights.save",
-         "Editor": "acejax.edit.editor"}
+         "load_lora": "acejax.weights.lora_formats", "save_lora": "acejax.weights.lora_formats",
+         "merge_lora": "acejax.adapt.lora", "Editor": "acejax.edit.editor"}
 
 __all__ = ["AutoencoderConfig", "CLIPConfig", "Editor", "Execution", "MMDiTConfig", "T5Config", "Tokens", "UserError",
-           "apply", "autoencoder", "clip", "flow", "init", "lcu", "load_autoencoder", "load_clip", "load_mmdit",
-           "load_t5", "save_model", "t5"]
+           "apply", "autoencoder", "clip", "flow", "init", "lcu", "load_autoencoder", "load_clip", "load_lora",
+           "load_mmdit", "load_t5", "merge_lora", "save_lora", "save_model", "t5"]
 
 
 def __getattr__(name: str):

@@ -1,6 +1,7 @@
 """Outside judges: torch, diffusers, transformers, where installed. Only their tests may be left out on a machine."""
 
 import importlib.util
+import pathlib
 import re
 from collections.abc import Mapping
 
@@ -20,6 +21,7 @@ def needs(*names: str) -> pytest.MarkDecorator:
 
 needs_diffusers = needs("torch", "diffusers")
 needs_transformers = needs("torch", "transformers")
+needs_peft = needs("torch", "diffusers", "peft")
 
 
 def difference(found, expected) -> float:
@@ -29,8 +31,12 @@ def difference(found, expected) -> float:
     return float(np.abs(found - expected).max() / expected.std())
 
 
-def flux_velocity(model: acejax.MMDiTConfig, params: acejax.model.mmdit.Params, tokens: acejax.Tokens) -> np.ndarray:
-    """What diffusers' FluxTransformer2DModel makes of the same weights and tokens, [B, S, 64] float32."""
+def flux_velocity(model: acejax.MMDiTConfig, params: acejax.model.mmdit.Params, tokens: acejax.Tokens,
+                  lora: pathlib.Path | None = None) -> np.ndarray:
+    """What diffusers' FluxTransformer2DModel makes of the same weights and tokens, [B, S, 64] float32.
+
+    `lora` is a file for its own loader.
+    """
     import torch
     from diffusers import FluxTransformer2DModel
 
@@ -41,6 +47,9 @@ def flux_velocity(model: acejax.MMDiTConfig, params: acejax.model.mmdit.Params, 
         pooled_projection_dim=model.vec_in_dim, guidance_embeds=model.guidance_embed, axes_dims_rope=model.axes_dim)
     state = keymaps.to_foreign(model, params, "diffusers")
     judge.load_state_dict({key: torch.from_numpy(tensor) for key, tensor in state.items()}, strict=True)
+
+    if lora is not None:
+        judge.load_lora_adapter(str(lora.parent), weight_name=lora.name)
 
     def tensor(x):
         return None if x is None else torch.from_numpy(np.array(x))

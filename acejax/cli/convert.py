@@ -15,9 +15,10 @@ from tqdm import tqdm
 
 from acejax.errors import UserError
 from acejax.model.config import MMDiTConfig
-from acejax.weights import convert, hub, identify, keymaps, load, pickles, save
+from acejax.weights import convert, hub, identify, keymaps, load, lora_formats, pickles, save
 from acejax.weights.convert import Report
 from acejax.weights.identify import Model
+from acejax.weights.source import open_source
 
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16,
           "float8_e4m3fn": ml_dtypes.float8_e4m3fn, "float8_e5m2": ml_dtypes.float8_e5m2}
@@ -42,7 +43,7 @@ def main(argv: list[str]) -> int:
     whole = identify.pipeline(path)
     inside = {name: name if args.to in ("diffusers", "orbax") else FILES[name] for name in whole}
     jobs = [(path / name, target / file) for name, file in inside.items()] or [(path, target)]
-    reports = [_convert(_open(source, args), place, args) for source, place in jobs]
+    reports = [_convert(source, place, args) for source, place in jobs]
     print("\n\n".join(map(table, reports)))
     if args.json:
         pathlib.Path(args.json).write_text(json.dumps([report.to_json() for report in reports], indent=2) + "\n")
@@ -85,21 +86,24 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _open(path: pathlib.Path, args: argparse.Namespace) -> Model:
+def _convert(path: pathlib.Path, target: pathlib.Path, args: argparse.Namespace) -> Report:
     grow = GROW.get(args.grow)
-    if path.suffix in pickles.SUFFIXES and path.is_file():
-        return identify.identify(pickles.open_pickle(path), grow=grow, allow_extra=args.allow_extra)
     if (path / "model.json").is_file() or (path / "config.json").is_file() and (path / "checkpoints").is_dir():
-        if grow:
-            raise UserError(f"{path}: --grow works on safetensors; convert to bfl first")
         from acejax import checkpoint  # Orbax takes a second to import
 
-        config, params = checkpoint.load_weights(path)
-        return convert.of_tree(path, config, params)
-    return identify.open_model(path, grow=grow, allow_extra=args.allow_extra)
+        if grow:
+            raise UserError(f"{path}: --grow works on safetensors; convert to bfl first")
+        return _convert_model(convert.of_tree(path, *checkpoint.load_weights(path)), target, args)
+    found = pickles.open_pickle(path) if path.suffix in pickles.SUFFIXES else open_source(path)
+    if lora_formats.is_lora(found.tensors):
+        if args.to not in lora_formats.LAYOUTS or target.suffix != ".safetensors" or grow:
+            raise UserError(f"{path}: found a LoRA; expected --to {' or '.join(lora_formats.LAYOUTS)}, a .safetensors "
+                            "file as the target, and no --grow")
+        return convert.convert_lora(path, target, args.to, MMDiTConfig.flux_fill(), DTYPES.get(args.dtype))
+    return _convert_model(identify.identify(found, grow=grow, allow_extra=args.allow_extra), target, args)
 
 
-def _convert(model: Model, target: pathlib.Path, args: argparse.Namespace) -> Report:
+def _convert_model(model: Model, target: pathlib.Path, args: argparse.Namespace) -> Report:
     dtype = DTYPES.get(args.dtype)
     if args.to == "orbax":
         return _to_orbax(model, target, dtype)

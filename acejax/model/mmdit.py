@@ -15,6 +15,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
 from jax.ad_checkpoint import checkpoint_name
 
 from acejax.model.attention import attention
@@ -223,7 +224,7 @@ def _stack(block, config: MMDiTConfig, execution: Execution, length: int, name: 
     if execution.remat != "none":
         policy = {"full": None, "attention": jax.checkpoint_policies.save_only_these_names("attention")}
         block = nn.remat(block, policy=policy[execution.remat], prevent_cse=False)  # False: inside a scan
-    stack = nn.scan(block, length=length, in_axes=nn.broadcast, variable_axes={"params": 0},
+    stack = nn.scan(block, length=length, in_axes=nn.broadcast, variable_axes={"params": 0, "lora": 0, "quant": 0},
                     split_rngs={"params": True})
     return stack(config, execution, name=name)
 
@@ -244,13 +245,22 @@ def init(config: MMDiTConfig, key: jax.Array) -> Params:
     return MMDiT(config).init(key, tokens)["params"]
 
 
-def apply(config: MMDiTConfig, params: Params, tokens: Tokens, *, execution: Execution = Execution()) -> jax.Array:
+def apply(config: MMDiTConfig, params: Params, tokens: Tokens, *, lora: Params | None = None,
+          quant: Params | None = None, execution: Execution = Execution()) -> jax.Array:
     """The velocity [B, S, out_channels] of the image tokens, in `execution.dtype`.
 
-    A pure function of `params` and `tokens`; `config` and `execution` are static (hashable).
+    A pure function of its trees and `tokens`; `config` and `execution` are static (hashable).
+
+    Args:
+      config: the model.
+      params: as by `init`; without the kernels that `quant` holds.
+      tokens: what the model sees.
+      lora: low-rank pairs to add (`acejax.adapt.lora`).
+      quant: kernels in eight bits (`acejax.adapt.quantize`).
+      execution: how to compute it.
 
     Raises:
-      ValueError: tokens whose channels are not the config's.
+      ValueError: tokens whose channels are not the config's, or a `lora` for layers that the model does not have.
     """
     for field, found, expected in (("image", tokens.image.shape[-1], config.in_channels),
                                    ("text", tokens.text.shape[-1], config.context_in_dim),
@@ -259,4 +269,18 @@ def apply(config: MMDiTConfig, params: Params, tokens: Tokens, *, execution: Exe
             raise ValueError(f"tokens.{field} has {found} channels, the config expects {expected}")
     if config.guidance_embed and tokens.guidance is None:
         raise ValueError("tokens.guidance is None, but the config has guidance_embed")
-    return MMDiT(config, execution).apply({"params": params}, tokens)
+    collections = {"params": params}
+    if quant is not None:
+        collections["quant"] = quant
+    if lora is not None:
+        _check_lora(collections, lora)
+        collections["lora"] = lora
+    return MMDiT(config, execution).apply(collections, tokens)
+
+
+def _check_lora(collections: dict[str, Params], lora: Params) -> None:
+    """Linen passes over variables that no module asks for; a LoRA that does nothing must not pass unseen."""
+    layers = {path[:-1] for tree in collections.values() for path in flatten_dict(tree) if path[-1] in ("kernel", "q")}
+    unknown = sorted("/".join(path[:-1]) for path in flatten_dict(lora) if path[:-1] not in layers)
+    if unknown:
+        raise ValueError(f"lora has {unknown[0]!r}, which is no linear layer of the model")

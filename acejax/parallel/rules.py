@@ -1,7 +1,7 @@
 """Where arrays live on the mesh: ordered (regex, spec) rules over the paths of plain trees.
 
-One rule set serves parameters, optimizer state and anything else whose paths end in the same names. A spec names the
-trailing axes of a leaf, so stacked leaves [layers, in, out] need no rule of their own.
+One rule set serves parameters, LoRA, quantised kernels, optimizer state and anything else whose paths end in the same
+names. A spec names the trailing axes of a leaf, so stacked leaves [layers, in, out] need no rule of their own.
 """
 
 import re
@@ -15,12 +15,20 @@ from jax.sharding import PartitionSpec as P
 from acejax.errors import UserError
 
 RULES = (
-    (r"qkv/kernel$", ("fsdp", None, "tensor", None)),  # [in, 3, heads, head_dim]
+    # q: a quantised kernel
+    (r"qkv/(kernel|q)$", ("fsdp", None, "tensor", None)),  # [in, 3, heads, head_dim]
     (r"qkv/bias$", (None, "tensor", None)),
-    (r"modulation/kernel$", ("fsdp", None, "tensor")),  # [in, 6 or 3, hidden]
-    (r"(proj|mlp_out|out_layer)/kernel$", ("tensor", "fsdp")),
+    (r"modulation/(kernel|q)$", ("fsdp", None, "tensor")),  # [in, 6 or 3, hidden]
+    (r"(proj|mlp_out|out_layer)/(kernel|q)$", ("tensor", "fsdp")),
     (r"mlp_in/bias$", ("tensor",)),
-    (r"kernel$", ("fsdp", "tensor")),
+    (r"/(kernel|q)$", ("fsdp", "tensor")),
+    # a LoRA pair: a [in, rank] lies as the kernel's inputs, b [rank, *features] as its features
+    (r"(proj|mlp_out|out_layer)/a$", ("tensor", None)),
+    (r"/a$", ("fsdp", None)),
+    (r"qkv/b$", (None, None, "tensor", None)),
+    (r"modulation/b$", (None, None, "tensor")),
+    (r"(proj|mlp_out|out_layer)/b$", (None, "fsdp")),
+    (r"/b$", (None, "tensor")),
     (r"", ()),
 )
 BATCH_AXES = ("data", "fsdp")

@@ -11,18 +11,20 @@ import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
 import xxhash
 from flax.traverse_util import flatten_dict
 
 from acejax.errors import UserError
-from acejax.weights import keymaps, layout, save
+from acejax.model.config import MMDiTConfig
+from acejax.weights import keymaps, layout, lora_formats, save
 from acejax.weights.identify import KINDS, Model, open_model
 from acejax.weights.keymaps import Config
 from acejax.weights.layout import Piece, Shape
 from acejax.weights.save import Entry
-from acejax.weights.source import NAMES, Stored, Tensor
+from acejax.weights.source import NAMES, Stored, Tensor, open_source
 
 CHUNK = 2**20  # numbers in flight at once: they stay in the processor's cache
 # dtype -> an integer of its size, and the bits that only NaN and infinity have all set
@@ -121,6 +123,8 @@ def convert(model: Model, target: pathlib.Path, to: str, dtype: Any = None, pref
             synced = pool.submit(save.sync, files)
             exact = _come_back(model, open_model(place, type(model.config), model.config), progress)
             synced.result()
+        if exact < len(model.tensors) and all(row.dtype == row.stored for row in (job.row for job in plan)):
+            raise UserError(f"{target}: what was written does not read back as it was; is the disk sound?")
     return _report(model, to, plan, exact, tuple(str(target / file.name if file != place else target)
                                                  for file in files))
 
@@ -128,6 +132,27 @@ def convert(model: Model, target: pathlib.Path, to: str, dtype: Any = None, pref
 def _report(model: Model, to: str, plan: list["_Job"], exact: int, files: tuple[str, ...] = ()) -> Report:
     return Report(str(model.path), KINDS[type(model.config)][0], dataclasses.asdict(model.config), model.layout, to,
                   len(model.tensors), model.twins, model.left_over, exact, [job.row for job in plan], files)
+
+
+def convert_lora(source: pathlib.Path, target: pathlib.Path, to: str, config: MMDiTConfig, dtype: Any = None) -> Report:
+    """Write a LoRA file as "comfy" or "diffusers"; the report's `exact` is all or nothing.
+
+    Raises:
+      UserError: what `acejax.load_lora` refuses, or a target that is there already.
+    """
+    lora = lora_formats.load_lora(source, config)
+    if target.exists():
+        raise UserError(f"{target}: is there already; give another place, nothing is overwritten")
+    lora_formats.save_lora(target, config, lora, to, dtype)
+    back = jax.tree.leaves(jax.tree.map(np.array_equal, lora, lora_formats.load_lora(target, config)))
+    keys, rows = sorted(open_source(source).tensors), []
+    for key, tensor in open_source(target).tensors.items():
+        row = Row(key, tensor.shape, NAMES[tensor.dtype], (), NAMES[tensor.dtype])
+        hashed = xxhash.xxh3_64()
+        _look(chunk := tensor[...], chunk, row, hashed)
+        rows.append(dataclasses.replace(row, xxh3=hashed.hexdigest()))
+    return Report(str(source), "FLUX LoRA", dataclasses.asdict(config), "lora", to, len(keys), (), (),
+                  len(keys) if all(back) else 0, rows, (str(target),))
 
 
 def compare(model: Model, made: Model, dtype: Any = None) -> Report:

@@ -20,16 +20,18 @@ def open_pickle(path: pathlib.Path) -> Source:
     Raises:
       UserError: no torch; a file that is no state dict of tensors, or that would have to run code to be read.
     """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
     try:
         import torch
-    except ModuleNotFoundError:
-        raise UserError(f"{path}: a PyTorch file is read with torch; install a CPU build of it, or give safetensors"
-                        ) from None
+    except ImportError:
+        raise UserError(f"{path}: reading {path.suffix} needs PyTorch (pip install torch --index-url "
+                        "https://download.pytorch.org/whl/cpu); or give safetensors") from None
     try:
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
     except Exception as error:  # whatever a broken or hostile file makes the unpickler say
-        raise UserError(f"{path}: expected a PyTorch file of tensors alone; torch refuses it "
-                        f"({' '.join(str(error).split())[:200]})") from None
+        raise UserError(f"{path}: expected tensors saved by PyTorch and nothing else; found another format or code "
+                        f"({type(error).__name__})") from None
     for wrapper in WRAPPERS * 2:
         if isinstance(found, Mapping) and isinstance(found.get(wrapper), Mapping):
             found = found[wrapper]

@@ -7,7 +7,7 @@ import math
 import os
 import pathlib
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -61,6 +61,19 @@ def save_model(path: str | os.PathLike, config: Config, params: Any, layout: str
     contents = (tensor.reshape(-1).view(np.uint8) for _, tensor in keymaps.tensors(config, params, layout, dtype))
     with beside(pathlib.Path(path), replace=True) as place:
         sync(write(place, config, entries, contents))
+
+
+def save_tensors(path: str | os.PathLike, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
+    """Write arrays as one safetensors file, which is replaced where it is there.
+
+    Raises:
+      UserError: a path that can't be written.
+    """
+    entries = [Entry(key, tensor.dtype, tensor.shape) for key, tensor in tensors.items()]
+    contents = (np.ascontiguousarray(tensor).reshape(-1).view(np.uint8) for tensor in tensors.values())
+    with beside(pathlib.Path(path), replace=True) as place:
+        _write_file(place, entries, contents, metadata)
+        sync([place])
 
 
 def _entries(config: Config, params: Any, name: str, dtype: Any) -> list[Entry]:
@@ -140,9 +153,10 @@ def _shards(entries: Sequence[Entry]) -> list[list[Entry]]:
     return shards
 
 
-def _write_file(path: pathlib.Path, entries: Sequence[Entry], contents: Iterator[np.ndarray]) -> None:
+def _write_file(path: pathlib.Path, entries: Sequence[Entry], contents: Iterator[np.ndarray],
+                metadata: Mapping[str, str] = METADATA) -> None:
     """One safetensors file (huggingface/safetensors README): its header is known before any number is."""
-    header: dict[str, Any] = {"__metadata__": METADATA}
+    header: dict[str, Any] = {"__metadata__": METADATA | dict(metadata)}
     end = 0
     for entry in entries:
         header[entry.key] = {"dtype": NAMES[entry.dtype], "shape": entry.shape,

@@ -17,6 +17,8 @@ SCRIPT = """
 import functools, jax, optax
 from jax.sharding import PartitionSpec as P
 import acejax
+from acejax.adapt.lora import init as init_lora
+from acejax.adapt.quantize import quantize
 from acejax.parallel.mesh import make_mesh
 from acejax.parallel.rules import path_of, shardings
 mesh = make_mesh({"data": -1, "fsdp": 2, "tensor": 2})
@@ -35,6 +37,19 @@ split = sum(leaf.size for path, leaf in jax.tree_util.tree_leaves_with_path(para
 assert split > 0.999 * total, split / total
 moments = {path_of(path): place.spec for path, place in jax.tree_util.tree_leaves_with_path(shardings(state, mesh))}
 assert moments["0/mu/double_blocks/txt/proj/kernel"] == P(None, "tensor", "fsdp")
+lora = jax.eval_shape(lambda: init_lora(acejax.MMDiTConfig(), jax.random.key(0), 16))
+pairs = {path_of(path): place.spec for path, place in jax.tree_util.tree_leaves_with_path(shardings(lora, mesh))}
+for module in {path.rpartition("/")[0] for path in pairs}:  # a lies as the kernel's inputs, b as its features
+    layers, inputs, *features = specs[module + "/kernel"]
+    assert pairs[module + "/a"] == P(layers, inputs, None), module
+    assert pairs[module + "/b"] == P(layers, None, *features), module
+    assert pairs[module + "/scale"] == P(None, None, None), module
+assert pairs["single_blocks/qkv/b"] == P(None, None, None, "tensor", None)
+left, quant = jax.eval_shape(quantize, params)
+eight = {path_of(path): place.spec for path, place in jax.tree_util.tree_leaves_with_path(shardings(quant, mesh))}
+assert len(eight) == 30
+for path, spec in eight.items():
+    assert spec == specs[path[:-1] + "kernel"] if path.endswith("/q") else not any(spec), path
 one_head = acejax.MMDiTConfig.tiny(num_heads=1, axes_dim=(32, 48, 48))
 tiny = jax.eval_shape(functools.partial(acejax.init, one_head), jax.random.key(0))
 odd = {path_of(path): place.spec for path, place in jax.tree_util.tree_leaves_with_path(shardings(tiny, mesh))}

@@ -1,8 +1,11 @@
 """Reading and writing transformer files: numbers kept, layouts and geometry detected, every mistake named."""
 
 import dataclasses
+import json
 import pathlib
 import pickle
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +13,16 @@ import ml_dtypes
 import numpy as np
 import pytest
 from etils import epath
+from flax.traverse_util import flatten_dict
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import acejax
-from acejax.weights import keymaps
+from acejax.weights import keymaps, layout
 from acejax.weights.load import load_mmdit
 from acejax.weights.save import save_model
+from benchmarks.convert import generate
+from tests.counts import count
 from tests.goldens import cases
 
 MODEL = cases.config()
@@ -77,7 +83,7 @@ def test_failed_save_keeps_the_old_file(tmp_path, state, monkeypatch):
     path = tmp_path / "x.safetensors"
     path.write_bytes(b"old")
 
-    def full_disk(path, entries, contents):
+    def full_disk(path, *rest):
         path.write_bytes(b"half")
         raise OSError("no space left on device")
 
@@ -208,3 +214,54 @@ def test_a_missing_layer_is_missed_not_taken_for_a_shorter_model(tmp_path):
 
 def test_load_is_public():
     assert acejax.load_mmdit is load_mmdit
+
+
+def test_layer_by_layer_is_the_same(tmp_path, state, monkeypatch):
+    """How a stacked leaf too large for the host goes to a single device."""
+    path = write(tmp_path, state)
+    whole = load_mmdit(path, MODEL)[1]
+    monkeypatch.setattr("acejax.weights.load.BY_LAYER", 0)
+    assert_same(load_mmdit(path, MODEL)[1], whole)
+    bf16 = load_mmdit(path, MODEL, dtype=jnp.bfloat16)[1]
+    assert_same(bf16, jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), whole))
+
+
+def test_eight_devices_hold_one_shard_at_a_time(tmp_path):
+    """Beyond the result the process grows by no more than a shard on its way; the largest leaf would show."""
+    width = count(1024, 3072)
+    config = dataclasses.replace(acejax.MMDiTConfig.flux_fill(), hidden_size=width, num_heads=width // 128, depth=1,
+                                 depth_single_blocks=count(12, 6))
+    path = tmp_path / "x.safetensors"
+    generate(path, config)
+    report = subprocess.run([sys.executable, "-m", "tests.weights.mesh", str(path)], capture_output=True, text=True,
+                            check=True, cwd=pathlib.Path(acejax.__file__).parents[1]).stdout
+    figures = json.loads(report)
+    print(figures)
+    assert figures["devices"] == 8 and figures["sharded"] > 0.99
+    assert figures["result"] <= 1.05 * path.stat().st_size  # what is whole everywhere is small
+    assert figures["shard"] * 8 == figures["leaf"]
+    slack = 3 * figures["leaf"] // 4  # of the runtime itself
+    assert figures["growth"] < figures["result"] + figures["shard"] + slack
+
+
+def test_shards_hold_the_right_numbers(tmp_path, state):
+    """Every cut that a mesh may ask for, against the whole leaf."""
+    get = {key: tensor for key, tensor in state.items()}.__getitem__
+    shapes = keymaps.leaf_shapes(MODEL)
+    rng = np.random.default_rng(0)
+    for path, copies in layout.grouped(keymaps.plan_for(MODEL, "bfl"), "path").items():
+        whole = layout.leaf(copies, shapes[path], get, np.float32)
+        for _ in range(count(3, 30)):
+            region = tuple(slice(*sorted(rng.choice(size + 1, 2, replace=False))) for size in whole.shape)
+            np.testing.assert_array_equal(layout.leaf(copies, shapes[path], get, np.float32, region), whole[region])
+
+
+@pytest.mark.parametrize("name", keymaps.LAYOUTS)
+def test_regions_of_foreign_tensors_hold_the_right_numbers(state, name):
+    params = flatten_dict(keymaps.from_foreign(MODEL, state.__getitem__, "bfl"), sep="/")
+    shapes = keymaps.expected(MODEL, name)
+    rng = np.random.default_rng(0)
+    for key, copies in layout.grouped(keymaps.plan_for(MODEL, name), "key").items():
+        whole = layout.tensor(copies, shapes[key], params, np.float32)
+        region = tuple(slice(*sorted(rng.choice(size + 1, 2, replace=False))) for size in whole.shape)
+        np.testing.assert_array_equal(layout.tensor(copies, shapes[key], params, np.float32, region), whole[region])

@@ -50,6 +50,12 @@ def flux_velocity(model: acejax.MMDiTConfig, params: acejax.model.mmdit.Params, 
 
     if lora is not None:
         judge.load_lora_adapter(str(lora.parent), weight_name=lora.name)
+    return velocity(judge, tokens)
+
+
+def velocity(judge, tokens: acejax.Tokens) -> np.ndarray:
+    """What a FluxTransformer2DModel makes of tokens, [B, S, 64] float32."""
+    import torch
 
     def tensor(x):
         return None if x is None else torch.from_numpy(np.array(x))

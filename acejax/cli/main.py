@@ -18,7 +18,7 @@ COMMANDS = {
     "convert": "weights of FLUX and ACE++ from one format to another, verified",
     "bench": "measure speed and cost",
 }
-_EXTRAS = {"optax": "train", "orbax": "train", "grain": "train", "tensorflow_datasets": "train",
+_EXTRAS = {"transformers": "text", "ftfy": "text", "optax": "train", "orbax": "train", "grain": "train", "tensorflow_datasets": "train",
            "tensorboardX": "train", "skimage": "demo", "matplotlib": "demo"}  # module: the extra that brings it
 
 

@@ -13,6 +13,8 @@ from acejax.model.config import AutoencoderConfig, CLIPConfig, MMDiTConfig, T5Co
 from acejax.weights.keymaps import Config
 from acejax.weights.layout import Layout, Shape
 
+OTHERWISE = " (or give config=, or a config.json beside the file)"
+
 
 class Shapes:
     """The shapes of a file's tensors, asked by our leaf paths."""
@@ -33,7 +35,7 @@ class Shapes:
         shape = self._shapes.get(key)
         if shape is None or len(shape) != axes or 0 in shape:
             raise UserError(f"{key!r} is {'missing' if shape is None else shape}; expected {axes} axes, none empty, to "
-                            "read the config from (or give config=)")
+                            f"read the config from{OTHERWISE}")
         return shape
 
     def has(self, leaf: str) -> bool:
@@ -75,7 +77,7 @@ def _mmdit(shapes: Shapes) -> MMDiTConfig:
     if head != sum(axes) or hidden % head:
         raise UserError(f"{shapes.key('img_in/kernel')!r} has shape {(hidden, channels)} and "
                         f"{shapes.key('double_blocks/img/query_norm/scale')!r} has {(head,)}; expected "
-                        f"FLUX's heads of {sum(axes)} and a multiple of it, to read the config from (or give config=)")
+                        f"FLUX's heads of {sum(axes)} and a multiple of it, to read the config from{OTHERWISE}")
     return MMDiTConfig(
         in_channels=channels, out_channels=shapes.of("final_layer/linear/kernel")[0], hidden_size=hidden,
         num_heads=hidden // head, depth=shapes.depth("double_blocks/img/query_norm/scale"),
@@ -94,7 +96,7 @@ def _autoencoder(shapes: Shapes) -> AutoencoderConfig:
     widths = [blocks[level, 0] for level in range(len(blocks)) if (level, 0) in blocks]
     if not widths or any(width % ch for width in widths):
         raise UserError(f"the encoder's levels have {widths} channels; expected multiples of {ch}, those of "
-                        f"{shapes.key('encoder/conv_in/kernel')!r}, to read the config from (or give config=)")
+                        f"{shapes.key('encoder/conv_in/kernel')!r}, to read the config from{OTHERWISE}")
     return AutoencoderConfig(
         ch=ch, ch_mult=tuple(width // ch for width in widths), num_res_blocks=sum(level == 0 for level, _ in blocks),
         z_channels=max(1, shapes.of("encoder/conv_out/kernel", axes=4)[0] // 2),

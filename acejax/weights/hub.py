@@ -33,10 +33,10 @@ def fetch(text: str) -> pathlib.Path:
     except errors.GatedRepoError:
         raise UserError(f"{repository} is gated: accept its licence at https://huggingface.co/{repository}, then run "
                         "`hf auth login`") from None
-    except (errors.RepositoryNotFoundError, errors.EntryNotFoundError, errors.HFValidationError) as error:
-        raise UserError(f"{text}: neither a path here nor on the hub ({_line(error)})") from None
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError) as error:
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError) as error:
         raise UserError(f"{text}: no such path here, and the hub cannot be reached ({_line(error)})") from None
+    except (errors.RepositoryNotFoundError, errors.EntryNotFoundError, errors.HFValidationError, OSError) as error:
+        raise UserError(f"{text}: neither a path here nor on the hub ({_line(error)})") from None
 
 
 def _line(error: Exception) -> str:

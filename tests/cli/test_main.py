@@ -2,14 +2,19 @@
 
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import save_file
 
 from acejax.cli.main import COMMANDS, main
+from acejax.demo.weights import SHIPPED
+from tests.goldens import cases
+from tests.weights.models import MMDIT
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -25,14 +30,23 @@ def place(tmp_path, monkeypatch):
     Image.fromarray(mask[:50]).save(tmp_path / "small.png")
     (tmp_path / "broken.png").write_bytes(b"\x89PNG not really")
     (tmp_path / "out.png").write_text("precious")
+    (tmp_path / "w.gguf").write_bytes(b"GGUF" + bytes(20))
+    (tmp_path / "p.bin").write_bytes(b"\x80\x04cposix\nsystem\n.")
+    save_file({"decoder.weight": np.zeros(3)}, tmp_path / "other.safetensors")
+    module = "double_blocks.0.img_attn.proj.lora_"
+    save_file({module + "A.weight": np.zeros((4, 8)), module + "B.weight": np.zeros((8, 4))},
+              tmp_path / "lora.safetensors")
+    shutil.copy(SHIPPED / "mmdit.safetensors", tmp_path)
+    save_file(cases.state(MMDIT), tmp_path / "flux.safetensors")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     return tmp_path
 
 
 EDIT = "edit --demo --out=out.png "
 CONFIG = f"--config={ROOT / 'configs' / 'demo.py'} "
 MISTAKES = [
-    ("nosuch", "no command 'nosuch'; the commands are demo, train, edit, bench"),
+    ("nosuch", "no command 'nosuch'; the commands are demo, train, edit, convert, bench"),
     ("edit --prompt=x", "add --demo"),
     (EDIT, "--prompt is missing"),
     ("edit --demo --prompt=x", "--out is missing"),
@@ -51,6 +65,19 @@ MISTAKES = [
     (EDIT + "--image=a.png --mask=m.png --prompt=a_red_zebra", "do not know 'zebra'; they know: a, an, and"),
     (EDIT + "--image=a.png --mask=m.png --weights=. --prompt=a_red_heart", "no demo weights there"),
     ("edit --demo --image=a.png --mask=m.png --out=no/out.png --prompt=a_red_heart", "the folder no is not there"),
+    ("convert nosuch.safetensors o.safetensors --to bfl", "nosuch.safetensors: no such file"),
+    ("convert . o.safetensors --to bfl", "expected one safetensors file or index in this folder; found flux.safeten"),
+    ("convert broken.png o.safetensors --to bfl", "broken.png: expected a whole safetensors file"),
+    ("convert a.png out.png --to bfl", "out.png: is there already"),
+    ("convert w.gguf o.safetensors --to bfl", "found a GGUF file"),
+    ("convert p.bin o.safetensors --to bfl", "p.bin: expected tensors saved by PyTorch and nothing else"),
+    ("convert other.safetensors o.safetensors --to bfl", "not a FLUX transformer or FLUX autoencoder"),
+    ("convert mmdit.safetensors o.safetensors --to bfl", "FLUX's heads of 128"),
+    ("convert flux.safetensors o --to bfl", "o: expected a name that ends in .safetensors for --to bfl"),
+    ("convert flux.safetensors o.safetensors --to bfl --grow=384", "reads 384 channels; expected 64 or 384 to grow"),
+    ("convert lora.safetensors o.safetensors --to bfl", "found a LoRA; expected --to comfy or diffusers"),
+    ("convert lora.safetensors o.safetensors --to comfy", "has shape (4, 8); expected (4, 3072)"),
+    ("convert black-forest-labs/FLUX.1-dev o --to diffusers", "no such path here, and the hub cannot be reached"),
     ("train --workdir=run", "--config=FILE.py is missing; configs that come with acejax: demo.py"),
     ("train --config=nosuch.py --workdir=run", "config file nosuch.py is not there"),
     (f"train {CONFIG}", "--workdir=DIR is missing"),

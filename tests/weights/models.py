@@ -10,7 +10,7 @@ from tests.goldens import cases
 
 # FLUX's own heads and rope axes, so that the geometry is read off the tensors
 MMDIT = dataclasses.replace(cases.config(384), out_channels=64, hidden_size=128, num_heads=1, axes_dim=(16, 56, 56),
-                            depth=1, depth_single_blocks=2, mlp_ratio=2.0)
+                            depth=1, depth_single_blocks=2)
 VAE = AutoencoderConfig(ch=32, ch_mult=(1, 2), num_res_blocks=1)
 T5 = T5Config(vocab_size=40, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)
 CLIP = CLIPConfig(vocab_size=50, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=1)

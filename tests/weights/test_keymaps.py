@@ -6,6 +6,7 @@ import pytest
 
 import acejax
 from acejax.weights import keymaps
+from tests import judges
 from tests.goldens import cases
 
 
@@ -46,6 +47,29 @@ def test_full_size_bfl_has_the_published_780_tensors():
 @pytest.mark.parametrize("layout", keymaps.LAYOUTS)
 def test_full_size_parameter_counts(config, count, layout):
     assert sum(int(np.prod(shape)) for shape in keymaps.expected(config, layout).values()) == count
+
+
+@judges.needs_diffusers
+@pytest.mark.parametrize("config", [acejax.MMDiTConfig.flux_dev(), acejax.MMDiTConfig.flux_fill(),
+                                    acejax.MMDiTConfig.ace_plus_fft()], ids=lambda config: config.in_channels)
+def test_full_size_diffusers_has_the_names_of_its_own_class(config):
+    import torch
+    from diffusers import FluxTransformer2DModel
+
+    with torch.device("meta"):
+        judge = FluxTransformer2DModel(in_channels=config.in_channels, out_channels=64, guidance_embeds=True)
+    named = {key: tuple(tensor.shape) for key, tensor in judge.state_dict().items()}
+    assert keymaps.expected(config, "diffusers") == named
+    assert len(named) == 1160
+
+
+@pytest.mark.parametrize("change", ["name", "shape"])
+def test_a_wrong_list_is_seen(change):
+    wrong = published()
+    shape = wrong.pop("single_blocks.37.linear2.weight")
+    wrong |= {"single_blocks.37.linear2.kernel": shape} if change == "name" else {
+        "single_blocks.37.linear2.weight": shape[::-1]}
+    assert keymaps.expected(acejax.MMDiTConfig.ace_plus_fft(), "bfl") != wrong
 
 
 @pytest.mark.parametrize("layout", keymaps.LAYOUTS)

@@ -18,8 +18,9 @@ COMMANDS = {
     "convert": "weights of FLUX and ACE++ from one format to another, verified",
     "bench": "measure speed and cost",
 }
-_EXTRAS = {"transformers": "text", "ftfy": "text", "optax": "train", "orbax": "train", "grain": "train", "tensorflow_datasets": "train",
-           "tensorboardX": "train", "skimage": "demo", "matplotlib": "demo"}  # module: the extra that brings it
+_EXTRAS = {"transformers": "text", "ftfy": "text", "optax": "train", "orbax": "train", "grain": "train",
+           "tensorflow_datasets": "train", "tensorboardX": "train", "skimage": "demo",
+           "matplotlib": "demo"}  # module: the extra that brings it
 
 
 def main(argv: list[str] | None = None) -> int:

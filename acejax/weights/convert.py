@@ -27,10 +27,10 @@ from acejax.weights.save import Entry
 from acejax.weights.source import NAMES, Stored, Tensor, open_source
 
 CHUNK = 2**20  # numbers in flight at once: they stay in the processor's cache
-# dtype -> an integer of its size, and the bits that only NaN and infinity have all set
-_NOT_FINITE = {np.dtype(np.float64): (np.uint64, 0x7FF0_0000_0000_0000), np.dtype(np.float32): (np.uint32, 0x7F80_0000),
-               np.dtype(np.float16): (np.uint16, 0x7C00), np.dtype(ml_dtypes.bfloat16): (np.uint16, 0x7F80),
-               np.dtype(ml_dtypes.float8_e5m2): (np.uint8, 0x7C), np.dtype(ml_dtypes.float8_e4m3fn): (np.uint8, 0x7F)}
+# dtype -> the least bits of a positive number that is NaN or infinity; with the sign bit, of a negative one
+_NOT_FINITE = {np.dtype(np.float64): 0x7FF0_0000_0000_0000, np.dtype(np.float32): 0x7F80_0000,
+               np.dtype(np.float16): 0x7C00, np.dtype(ml_dtypes.bfloat16): 0x7F80,
+               np.dtype(ml_dtypes.float8_e5m2): 0x7C, np.dtype(ml_dtypes.float8_e4m3fn): 0x7F}
 Progress = Callable[[int], Any]
 
 
@@ -224,13 +224,20 @@ def _size(region: tuple[slice, ...]) -> int:
     return math.prod(part.stop - part.start for part in region)
 
 
-def _contents(model: Model, plan: list[_Job], progress: Progress) -> Iterator[np.ndarray]:
-    """The bytes to write, chunk by chunk; while one is written, another thread looks at its numbers for the row."""
+def _contents(model: Model, plan: list[_Job], progress: Progress) -> Iterator[np.ndarray | Stored]:
+    """What to write; while a part is written, another thread looks at its numbers for the row."""
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         for job in plan:
             hashed = xxhash.xxh3_64()
             for piece in job.pieces:
-                for chunk in _chunks(model.tensors[piece.source], piece.taken):
+                tensor = _rows(model.tensors[piece.source], piece.taken)
+                if isinstance(tensor, Stored) and tensor.dtype == job.dtype:
+                    looked = pool.submit(_look_through, tensor, job.row, hashed)
+                    yield tensor
+                    looked.result()
+                    progress(tensor.nbytes)
+                    continue
+                for chunk in _chunks(tensor):
                     out = chunk if chunk.dtype == job.dtype else _cast(chunk, job)
                     looked = pool.submit(_look, chunk, out, job.row, hashed)
                     yield _bytes(out)
@@ -239,11 +246,15 @@ def _contents(model: Model, plan: list[_Job], progress: Progress) -> Iterator[np
             job.row.xxh3 = hashed.hexdigest()
 
 
+def _look_through(tensor: Stored, row: Row, hashed: xxhash.xxh3_64) -> None:
+    for chunk in _chunks(tensor):
+        _look(chunk, chunk, row, hashed)
+
+
 def _cast(chunk: np.ndarray, job: _Job) -> np.ndarray:
     with np.errstate(over="ignore", invalid="ignore"):
         out = chunk.astype(job.dtype)
-    broken = _count_not_finite(out)
-    if broken and broken != _count_not_finite(chunk):
+    if not _all_finite(out) and (~np.isfinite(out)).sum() != (~np.isfinite(chunk)).sum():
         raise UserError(f"{job.row.sources[0]!r} holds numbers up to {np.nanmax(np.abs(chunk.astype(np.float32))):g}, "
                         f"beyond {job.row.dtype}; expected another --dtype")
     return out
@@ -252,7 +263,7 @@ def _cast(chunk: np.ndarray, job: _Job) -> np.ndarray:
 def _look(chunk: np.ndarray, out: np.ndarray, row: Row, hashed: xxhash.xxh3_64) -> None:
     """Hash what is written, count in the row what is not finite, and measure the change."""
     hashed.update(_bytes(out))
-    if _count_not_finite(out):
+    if not _all_finite(out):
         row.nan += int(np.isnan(out).sum())
         row.inf += int(np.isinf(out).sum())
     if out is not chunk:
@@ -262,23 +273,33 @@ def _look(chunk: np.ndarray, out: np.ndarray, row: Row, hashed: xxhash.xxh3_64) 
         row.change = max(row.change, float(np.nanmax(change, initial=0)))
 
 
-def _count_not_finite(x: np.ndarray) -> int:
-    integer, bits = _NOT_FINITE[x.dtype]
-    exponents = x.view(integer) & integer(bits)
-    return int((exponents == bits).sum()) if exponents.size and exponents.max() == bits else 0
+def _all_finite(x: np.ndarray) -> bool:
+    """By two maxima over the bits, as signed and as unsigned integers: four times as fast as `np.isfinite`."""
+    if not x.size:
+        return True
+    least, size = _NOT_FINITE[x.dtype], x.dtype.itemsize
+    sign = 1 << (8 * size - 1)
+    return int(x.view(f"i{size}").max()) < least and int(x.view(f"u{size}").max()) < sign + least
 
 
 def _bytes(x: np.ndarray) -> np.ndarray:
     return x.reshape(-1).view(np.uint8)
 
 
-def _chunks(tensor: Tensor, region: tuple[slice, ...]) -> Iterator[np.ndarray]:
-    """A region's rows in order, about CHUNK numbers at a time."""
-    step = max(1, CHUNK // max(1, _size(region[1:])))
-    if isinstance(tensor, Stored):  # one memory map serves all chunks
-        tensor, region = tensor[region], tuple(slice(0, part.stop - part.start) for part in region)
-    for start in range(region[0].start, region[0].stop, step):
-        yield np.ascontiguousarray(tensor[(slice(start, min(start + step, region[0].stop)), *region[1:])])
+def _rows(tensor: Tensor, region: tuple[slice, ...]) -> Tensor | np.ndarray:
+    """A region as a tensor of its own, still on disk where it is whole rows there."""
+    whole = all(part == slice(0, size) for part, size in zip(region[1:], tensor.shape[1:], strict=True))
+    if isinstance(tensor, Stored) and whole:
+        return tensor.rows(region[0].start, region[0].stop)
+    return np.ascontiguousarray(tensor[region])
+
+
+def _chunks(tensor: Tensor | np.ndarray) -> Iterator[np.ndarray]:
+    """A tensor's rows in order, about CHUNK numbers at a time."""
+    array = tensor[...] if isinstance(tensor, Stored) else tensor  # one memory map serves all
+    step = max(1, CHUNK // max(1, math.prod(array.shape[1:])))
+    for start in range(0, len(array), step):
+        yield array[start:start + step]
 
 
 def _come_back(model: Model, back: Model, progress: Progress) -> int:
@@ -288,8 +309,8 @@ def _come_back(model: Model, back: Model, progress: Progress) -> int:
     for key, pieces in met.items():
         same = True
         for piece in pieces:
-            for there, here in zip(_chunks(back.tensors[piece.source], piece.taken),
-                                   _chunks(model.tensors[key], piece.given), strict=True):
+            for there, here in zip(_chunks(_rows(back.tensors[piece.source], piece.taken)),
+                                   _chunks(_rows(model.tensors[key], piece.given)), strict=True):
                 same = same and _same(here, there.astype(here.dtype, copy=False))
                 progress(here.nbytes)
         exact += same

@@ -17,9 +17,10 @@ from acejax.errors import UserError
 from acejax.model.config import AutoencoderConfig, MMDiTConfig
 from acejax.weights import geometry, keymaps, layout
 from acejax.weights.keymaps import Config
-from acejax.weights.source import NAMES
+from acejax.weights.source import NAMES, Stored
 
 SHARD = 10 * 10**9  # bytes of one file in a folder, as diffusers cuts
+BLOCK = 2**18  # bytes
 METADATA = {"format": "pt"}  # transformers refuses files without a format
 
 
@@ -107,10 +108,10 @@ def beside(target: pathlib.Path, replace: bool = False) -> Iterator[pathlib.Path
 
 
 def write(place: pathlib.Path, config: Config, entries: Sequence[Entry],
-          contents: Iterable[np.ndarray]) -> list[pathlib.Path]:
+          contents: Iterable[np.ndarray | Stored]) -> list[pathlib.Path]:
     """Write a file (a name that ends in .safetensors) or a folder; returns the tensor files.
 
-    `contents` are the tensors' bytes one after the other, in pieces of any size.
+    `contents` are the tensors' bytes one after the other, in pieces of any size; a `Stored` stands for bytes on disk.
     """
     contents = iter(contents)
     if place.suffix == ".safetensors":
@@ -124,7 +125,7 @@ def write(place: pathlib.Path, config: Config, entries: Sequence[Entry],
 
 
 def _write_folder(place: pathlib.Path, config: Config, entries: Sequence[Entry],
-                  contents: Iterator[np.ndarray]) -> list[pathlib.Path]:
+                  contents: Iterator[np.ndarray | Stored]) -> list[pathlib.Path]:
     place.mkdir()
     (place / "config.json").write_text(json.dumps(geometry.to_json(config), indent=2) + "\n")
     stem = "diffusion_pytorch_model" if isinstance(config, MMDiTConfig | AutoencoderConfig) else "model"
@@ -153,7 +154,7 @@ def _shards(entries: Sequence[Entry]) -> list[list[Entry]]:
     return shards
 
 
-def _write_file(path: pathlib.Path, entries: Sequence[Entry], contents: Iterator[np.ndarray],
+def _write_file(path: pathlib.Path, entries: Sequence[Entry], contents: Iterator[np.ndarray | Stored],
                 metadata: Mapping[str, str] = METADATA) -> None:
     """One safetensors file (huggingface/safetensors README): its header is known before any number is."""
     header: dict[str, Any] = {"__metadata__": METADATA | dict(metadata)}
@@ -167,10 +168,25 @@ def _write_file(path: pathlib.Path, entries: Sequence[Entry], contents: Iterator
     with path.open("wb", buffering=0) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         while end:
-            left = memoryview(next(contents))
-            end -= len(left)
-            while left:  # a raw write may take less than it is given
-                left = left[file.write(left):]
+            part = next(contents)
+            end -= part.nbytes
+            for block in _blocks(part) if isinstance(part, Stored) else [memoryview(part)]:
+                while block:  # a raw write may take less than it is given
+                    block = block[file.write(block):]
+
+
+def _blocks(stored: Stored) -> Iterator[memoryview]:
+    """The bytes of a tensor on disk, in blocks small enough to be still in the processor's cache when written."""
+    buffer = memoryview(bytearray(min(BLOCK, stored.nbytes)))
+    with stored.path.open("rb", buffering=0) as file:
+        file.seek(stored.start)
+        left = stored.nbytes
+        while left:
+            count = file.readinto(buffer[:left])
+            if not count:
+                raise UserError(f"{stored.path}: became shorter while it was read")
+            yield buffer[:count]
+            left -= count
 
 
 def sync(files: Iterable[pathlib.Path]) -> None:

@@ -50,6 +50,11 @@ class Stored:
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
+    def rows(self, start: int, stop: int) -> "Stored":
+        """Those rows as a tensor of its own."""
+        width = math.prod(self.shape[1:]) * self.dtype.itemsize
+        return dataclasses.replace(self, shape=(stop - start, *self.shape[1:]), start=self.start + start * width)
+
     def __getitem__(self, region: Any) -> np.ndarray:
         if not self.nbytes:
             return np.empty(self.shape, self.dtype)[region]

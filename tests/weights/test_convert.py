@@ -166,6 +166,24 @@ def test_nan_and_inf_are_reported(written, tmp_path, capsys):
     assert report["exact"] == report["used"]  # copied as they are
 
 
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16, ml_dtypes.bfloat16, ml_dtypes.float8_e5m2,
+                                   ml_dtypes.float8_e4m3fn])
+def test_what_is_finite_is_seen_in_the_bits(dtype):
+    """All numbers of the short dtypes; the edges of the long ones."""
+    size = np.dtype(dtype).itemsize
+    if size <= 2:
+        numbers = np.arange(256**size).astype(f"u{size}").view(dtype)
+    else:
+        limits = np.finfo(dtype)
+        numbers = np.array([0.0, -0.0, limits.max, limits.min, limits.smallest_subnormal, -limits.smallest_subnormal,
+                            np.nan, -np.nan, np.inf, -np.inf], dtype)
+    expected = np.isfinite(numbers)
+    assert not expected.all()
+    found = [convert._all_finite(numbers[i:i + 1]) for i in range(0, len(numbers), count(1 + len(numbers) // 3000, 1))]
+    np.testing.assert_array_equal(found, expected[::count(1 + len(numbers) // 3000, 1)])
+    assert convert._all_finite(numbers[expected]) and not convert._all_finite(numbers)
+
+
 def test_extra_tensors_are_named_or_left(written, tmp_path):
     source = written(**{"ema.decay": np.zeros(1, np.float32)})
     with pytest.raises(acejax.UserError, match="'ema.decay' is left over"):

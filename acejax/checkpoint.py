@@ -62,17 +62,20 @@ def load_weights(path: epath.PathLike) -> tuple[Any, Any]:
             config, where, wrap = _KINDS[note["kind"]](**note["config"]), path / "params", None
         else:
             config = MMDiTConfig(**json.loads((path / "config.json").read_text())["model"])
-            step = ocp.CheckpointManager(path / "checkpoints").latest_step()
-            if step is None:
-                raise UserError(f"{path}: no checkpoint in this workdir yet")
-            where, wrap = path / "checkpoints" / str(step) / "default", "params"
+            steps = [int(step.name) for step in (path / "checkpoints").iterdir() if step.name.isdigit()]
+            where, wrap = path / "checkpoints" / str(max(steps, default="none")) / "default", "params"
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: says of no model what it is ({type(error).__name__}: {error})") from None
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        tree = checkpointer.metadata(where).item_metadata.tree
-        wanted = {wrap: tree[wrap]} if wrap else tree  # the optimizer's moments stay on disk
-        args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
-        restored = checkpointer.restore(where, args=ocp.args.PyTreeRestore(wanted, args, partial_restore=True))
+    if not where.exists():
+        raise UserError(f"{path}: no parameters there; expected {where}")
+    try:
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            tree = checkpointer.metadata(where).item_metadata.tree
+            wanted = {wrap: tree[wrap]} if wrap else tree  # the optimizer's moments stay on disk
+            args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
+            restored = checkpointer.restore(where, args=ocp.args.PyTreeRestore(wanted, args, partial_restore=True))
+    except Exception as error:  # whatever Orbax makes of files that are not its own, or not whole
+        raise UserError(f"{where}: cannot be read as an Orbax checkpoint ({type(error).__name__})") from None
     return config, restored[wrap] if wrap else restored
 
 

@@ -7,6 +7,7 @@ Both sides end with fsync and take turns; a ratio is the median of `--repeat` pa
 import argparse
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import shutil
@@ -24,7 +25,6 @@ from acejax.model.config import MMDiTConfig
 from acejax.weights import keymaps, save
 
 BLOCK = 2**24
-SINGLE, DOUBLE = 141_591_808, 339_831_296  # parameters of one block; ace_spec's counts, checked by the tests
 
 
 def main(argv: list[str]) -> int:
@@ -35,8 +35,11 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--folder", default=None, help="where to work; needs three times the size")
     parser.add_argument("--json", metavar="FILE", help="write the figures there")
     args = parser.parse_args(argv)
+    if args.repeat < 1 or not 0 < args.gb < 1000 or args.folder and not pathlib.Path(args.folder).is_dir():
+        raise UserError(f"bench convert: found --repeat={args.repeat} --gb={args.gb:g} --folder={args.folder}; "
+                        "expected at least one pair, a size, and a folder that is there")
     config = sized(args.gb)
-    nbytes = 2 * sum(int(np.prod(shape)) for shape in keymaps.expected(config, "bfl").values())
+    nbytes = size(config)
     with tempfile.TemporaryDirectory(dir=args.folder, prefix="acejax-convert-") as folder:
         free = shutil.disk_usage(folder).free
         if free < 3 * nbytes:
@@ -54,8 +57,15 @@ def main(argv: list[str]) -> int:
 
 def sized(gb: float) -> MMDiTConfig:
     """FLUX's Fill transformer with as many blocks, two single ones to a double one, as make up the size."""
-    depth = max(1, round(gb * 1e9 / 2 / (DOUBLE + 2 * SINGLE)))
-    return dataclasses.replace(MMDiTConfig.flux_fill(), depth=depth, depth_single_blocks=2 * depth)
+    def of(depth: int) -> MMDiTConfig:
+        return dataclasses.replace(MMDiTConfig.flux_fill(), depth=depth, depth_single_blocks=2 * depth)
+
+    return of(max(1, round((gb * 1e9 - size(of(1))) / (size(of(2)) - size(of(1)))) + 1))
+
+
+def size(config: MMDiTConfig) -> int:
+    """Bytes of a file in bfloat16."""
+    return 2 * sum(math.prod(shape) for shape in keymaps.expected(config, "bfl").values())
 
 
 def measure(folder: pathlib.Path, config: MMDiTConfig, repeat: int) -> dict:
@@ -95,7 +105,7 @@ def generate(path: pathlib.Path, config: MMDiTConfig) -> int:
                 yield noise[turn:turn + size]
 
     with save.beside(path) as place:
-        save.sync(save.write(place, config, entries, contents()))
+        save.sync(save.write(place, config, entries, contents(), folder=False))
     return max(entry.nbytes for entry in entries)
 
 

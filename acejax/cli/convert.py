@@ -7,6 +7,7 @@ import json
 import math
 import pathlib
 import re
+import shutil
 import sys
 
 import ml_dtypes
@@ -18,7 +19,7 @@ from acejax.model.config import MMDiTConfig
 from acejax.weights import convert, hub, identify, keymaps, load, lora_formats, pickles, save
 from acejax.weights.convert import Report
 from acejax.weights.identify import Model
-from acejax.weights.source import open_source
+from acejax.weights.source import PICKLES, exists, open_source, shown
 
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16,
           "float8_e4m3fn": ml_dtypes.float8_e4m3fn, "float8_e5m2": ml_dtypes.float8_e5m2}
@@ -27,7 +28,7 @@ COMFY = "model.diffusion_model."
 # a folder of a diffusers pipeline -> the file that BFL and ComfyUI call it
 FILES = {"transformer": "flux.safetensors", "vae": "ae.safetensors", "text_encoder": "clip_l.safetensors",
          "text_encoder_2": "t5xxl.safetensors"}
-ORBAX_COPIES = 2.3  # of the tree, in memory while Orbax saves it and while it is read back
+ORBAX_COPIES = 3.3  # of the tree, in memory at once while Orbax saves it and while it is read back
 
 
 def main(argv: list[str]) -> int:
@@ -37,13 +38,14 @@ def main(argv: list[str]) -> int:
       UserError: whatever is wrong with the source, the flags or the target; nothing is left half-written.
     """
     args = _parser().parse_args(argv)
-    if (target := pathlib.Path(args.target)).exists():
+    target = pathlib.Path(args.target)
+    if exists(target):
         raise UserError(f"{target}: is there already; give another place, nothing is overwritten")
+    if args.json and not exists(pathlib.Path(args.json).absolute().parent):
+        raise UserError(f"--json={args.json}: its folder is not there")
     path = hub.fetch(args.source) if hub.looks_like_id(args.source) else pathlib.Path(args.source)
     whole = identify.pipeline(path)
-    inside = {name: name if args.to in ("diffusers", "orbax") else FILES[name] for name in whole}
-    jobs = [(path / name, target / file) for name, file in inside.items()] or [(path, target)]
-    reports = [_convert(source, place, args) for source, place in jobs]
+    reports = _convert_pipeline(path, whole, target, args) if whole else [_convert(path, target, args)]
     print("\n\n".join(map(table, reports)))
     if args.json:
         pathlib.Path(args.json).write_text(json.dumps([report.to_json() for report in reports], indent=2) + "\n")
@@ -56,17 +58,23 @@ def table(report: Report) -> str:
                                   for row in report.rows)
     dtypes = ", ".join(f"{count} {name}" for name, count in written.items())
     more = f" and {len(report.files) - 1} more" if len(report.files) > 1 else ""
-    extra = ", ".join(report.left_over[:3]) + (" ..." if len(report.left_over) > 3 else "")
     lines = {
         "source": f"{report.source}: {report.model}, {report.found}",
         "target": f"{report.files[0]}{more}: {report.written}",
         "used": f"{report.used} tensors, each exactly once; {len(report.twins)} repeat another",
-        "left over": f"{len(report.left_over)} {extra}",
+        "not needed": _names(report.ignored),
+        "left over": _names(report.left_over),
         "written": f"{len(report.rows)} tensors, all filled: {dtypes}",
-        "change": f"{report.change:g} at most, by the conversion of dtype",
-        "NaN or Inf": ", ".join(report.not_finite) or "none",
+        "change": f"{report.change:g} at most, by the conversion of dtype; {sum(row.zeros for row in report.rows):,} "
+                  "numbers became 0",
+        "NaN or Inf": _names(report.not_finite),
         "back again": f"{report.exact} of {report.used} tensors bit for bit"}
     return "\n".join(f"{name:<11} {text}" for name, text in lines.items())
+
+
+def _names(keys: tuple[str, ...]) -> str:
+    more = " ..." if len(keys) > 3 else ""
+    return f"{len(keys)}: {', '.join(map(shown, keys[:3]))}{more}" if keys else "none"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -79,22 +87,41 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("target", metavar="DST", help="a .safetensors file, or a folder (diffusers, orbax, pipelines)")
     parser.add_argument("--to", required=True, choices=("bfl", "comfy", "diffusers", "orbax"))
     parser.add_argument("--dtype", choices=DTYPES, help="what to store; each tensor's own by default")
-    parser.add_argument("--grow", nargs="?", const="448", choices=GROW, help="widen img_in to 384 or 448 channels, the "
+    parser.add_argument("--grow", choices=GROW, help="widen img_in to 384 or 448 channels, the "
                         "velocity unchanged; 'reference' widens to 448 with the mask shifted, as ACE_plus does")
     parser.add_argument("--allow-extra", action="store_true", help="leave tensors alone that the model does not have")
     parser.add_argument("--json", metavar="FILE", help="write the report there, with every tensor")
     return parser
 
 
+def _convert_pipeline(source: pathlib.Path, parts: dict[str, pathlib.Path], target: pathlib.Path,
+                      args: argparse.Namespace) -> list[Report]:
+    """Each model of a pipeline, all of them or none; as diffusers' again with what else it is made of."""
+    folders = args.to in ("diffusers", "orbax")
+    others = argparse.Namespace(**vars(args) | {"grow": None})  # only the transformer grows
+    with save.beside(target) as place:
+        place.mkdir()
+        reports = [_convert(part, place / (name if folders else FILES[name]), args if name == "transformer" else others)
+                   for name, part in parts.items()]
+        if args.to == "diffusers":  # tokenizers, scheduler, model_index.json
+            for other in source.iterdir():
+                if other.is_dir() and other.name not in parts:
+                    shutil.copytree(other, place / other.name)
+                elif other.suffix == ".json":
+                    shutil.copy(other, place)
+    return [dataclasses.replace(report, files=tuple(
+        str(target / pathlib.Path(file).relative_to(place)) for file in report.files)) for report in reports]
+
+
 def _convert(path: pathlib.Path, target: pathlib.Path, args: argparse.Namespace) -> Report:
     grow = GROW.get(args.grow)
-    if (path / "model.json").is_file() or (path / "config.json").is_file() and (path / "checkpoints").is_dir():
+    if exists(path / "model.json") or exists(path / "config.json") and exists(path / "checkpoints"):
         from acejax import checkpoint  # Orbax takes a second to import
 
         if grow:
             raise UserError(f"{path}: --grow works on safetensors; convert to bfl first")
         return _convert_model(convert.of_tree(path, *checkpoint.load_weights(path)), target, args)
-    found = pickles.open_pickle(path) if path.suffix in pickles.SUFFIXES else open_source(path)
+    found = pickles.open_pickle(path) if path.suffix in PICKLES else open_source(path)
     if lora_formats.is_lora(found.tensors):
         if args.to not in lora_formats.LAYOUTS or target.suffix != ".safetensors" or grow:
             raise UserError(f"{path}: found a LoRA; expected --to {' or '.join(lora_formats.LAYOUTS)}, a .safetensors "
@@ -105,6 +132,8 @@ def _convert(path: pathlib.Path, target: pathlib.Path, args: argparse.Namespace)
 
 def _convert_model(model: Model, target: pathlib.Path, args: argparse.Namespace) -> Report:
     dtype = DTYPES.get(args.dtype)
+    if args.to == "orbax" and target.suffix == ".safetensors":
+        raise UserError(f"{target}: expected the name of a folder for --to orbax")
     if args.to == "orbax":
         return _to_orbax(model, target, dtype)
     known = list(keymaps.layouts_of(model.config))
@@ -126,19 +155,27 @@ def _to_orbax(model: Model, target: pathlib.Path, dtype: np.dtype | None) -> Rep
         raise UserError(f"{target}: an Orbax folder is made in memory and needs {ORBAX_COPIES * size / 1e9:.1f} GB; "
                         f"{free / 1e9:.1f} GB are free. acejax reads safetensors everywhere: convert to bfl instead, "
                         "or run this on a larger machine")
+    if dtype is None and any(tensor.dtype == np.float64 for tensor in model.tensors.values()):
+        raise UserError(f"{model.path}: is stored in float64, which jax does not keep; give a --dtype")
     from acejax import checkpoint
 
-    _, params = load.load(model, dtype=dtype)
     with save.beside(target) as place:
-        checkpoint.save_weights(place, model.config, params)
-        back = convert.of_tree(place, *checkpoint.load_weights(place))
-        report = convert.compare(model, back, dtype)
+        checkpoint.save_weights(place, model.config, load.load(model, dtype=dtype)[1])
+        report = convert.compare(model, convert.of_tree(place, *checkpoint.load_weights(place)), dtype)
     return dataclasses.replace(report, written="orbax", files=(str(target),))
 
 
 def _free_memory() -> int | None:
-    """Bytes that a process may still take; None where the system does not say."""
+    """Bytes that this process may still take, by the machine and by its cgroup; None where neither says."""
+    found = re.search(r"MemAvailable:\s+(\d+)", _read("/proc/meminfo"))
+    limit, used = (_read(f"/sys/fs/cgroup/memory.{name}").strip() for name in ("max", "current"))
+    free = [1024 * int(found[1])] if found else []
+    free += [int(limit) - int(used)] if limit.isdigit() and used.isdigit() else []
+    return min(free, default=None)
+
+
+def _read(path: str) -> str:
     try:
-        return 1024 * int(re.search(r"MemAvailable:\s+(\d+)", pathlib.Path("/proc/meminfo").read_text())[1])
-    except (OSError, TypeError):
-        return None
+        return pathlib.Path(path).read_text()
+    except OSError:
+        return ""

@@ -42,7 +42,8 @@ def main(argv: list[str] | None = None) -> int:
     except SystemExit as leaving:  # argparse, after --help or a wrong flag
         return int(leaving.code or 0)
     except KeyboardInterrupt:
-        print("\nacejax: stopped; the same command goes on from its last checkpoint", file=sys.stderr)
+        goes_on = "; the same command goes on from its last checkpoint" if argv[0] in ("demo", "train") else ""
+        print(f"\nacejax: stopped{goes_on}", file=sys.stderr)
         return 130
     except UserError as error:
         print(f"acejax: {error}", file=sys.stderr)

@@ -83,6 +83,8 @@ class Tokenizers:
         return self._ids(self.clip, prompts, length, CLIP_END)
 
     def _ids(self, tokenizer: Any, prompts: Sequence[str], length: int, pad: int) -> tuple[np.ndarray, np.ndarray]:
+        if isinstance(prompts, str):
+            raise TypeError(f"expected a list of prompts; found one string, {prompts[:40]!r}")
         ids = np.full((len(prompts), length), pad, np.int32)
         cut = np.zeros(len(prompts), np.int32)
         for i, prompt in enumerate(prompts):

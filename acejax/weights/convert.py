@@ -24,9 +24,8 @@ from acejax.weights.identify import KINDS, Model, open_model
 from acejax.weights.keymaps import Config
 from acejax.weights.layout import Piece, Shape
 from acejax.weights.save import Entry
-from acejax.weights.source import NAMES, Stored, Tensor, open_source
+from acejax.weights.source import NAMES, Stored, Tensor, chunks, open_source, same_bits, shown
 
-CHUNK = 2**20  # numbers in flight at once: they stay in the processor's cache
 # dtype -> the least bits of a positive number that is NaN or infinity; with the sign bit, of a negative one
 _NOT_FINITE = {np.dtype(np.float64): 0x7FF0_0000_0000_0000, np.dtype(np.float32): 0x7F80_0000,
                np.dtype(np.float16): 0x7C00, np.dtype(ml_dtypes.bfloat16): 0x7F80,
@@ -47,7 +46,7 @@ class Row:
       sources, stored: the tensors that it was made of, and their dtype.
       xxh3: 64-bit xxHash of its bytes.
       nan, inf: how many there are.
-      change: greatest absolute change of a number by the conversion of dtype.
+      change: greatest absolute change of a number by the conversion of dtype; `zeros` of them became 0.
     """
 
     key: str
@@ -59,6 +58,7 @@ class Row:
     nan: int = 0
     inf: int = 0
     change: float = 0.0
+    zeros: int = 0
 
 
 @dataclasses.dataclass
@@ -68,7 +68,8 @@ class Report:
     Attributes:
       model, config: what was found in `source`, in the layout `found`; `written` is the layout of `files`.
       used: source tensors that were used by exactly their number of elements.
-      twins, left_over: source tensors that only repeat another, or that no part of the model has.
+      twins, ignored, left_over: source tensors that only repeat another, that are known and not needed (see `Model`),
+        or that no part of the model has.
       exact: used tensors that come back bit for bit when what was written is read and turned back.
       rows: the written tensors, each filled by exactly its number of elements.
     """
@@ -80,6 +81,7 @@ class Report:
     written: str
     used: int
     twins: tuple[str, ...]
+    ignored: tuple[str, ...]
     left_over: tuple[str, ...]
     exact: int
     rows: list[Row]
@@ -118,20 +120,20 @@ def convert(model: Model, target: pathlib.Path, to: str, dtype: Any = None, pref
     plan = _plan(model, to, dtype, prefix)
     entries = [Entry(job.row.key, job.dtype, job.row.shape) for job in plan]
     with save.beside(target) as place:
-        files = save.write(place, model.config, entries, _contents(model, plan, progress))
+        files = save.write(place, model.config, entries, _contents(model, plan, progress),
+                           folder=target.suffix != ".safetensors")
         with concurrent.futures.ThreadPoolExecutor(1) as pool:  # read back while the disk still writes
             synced = pool.submit(save.sync, files)
-            exact = _come_back(model, open_model(place, type(model.config), model.config), progress)
+            exact = _come_back(model, open_model(place, type(model.config), model.config), plan, progress)
             synced.result()
-        if exact < len(model.tensors) and all(row.dtype == row.stored for row in (job.row for job in plan)):
-            raise UserError(f"{target}: what was written does not read back as it was; is the disk sound?")
     return _report(model, to, plan, exact, tuple(str(target / file.name if file != place else target)
                                                  for file in files))
 
 
 def _report(model: Model, to: str, plan: list["_Job"], exact: int, files: tuple[str, ...] = ()) -> Report:
     return Report(str(model.path), KINDS[type(model.config)][0], dataclasses.asdict(model.config), model.layout, to,
-                  len(model.tensors), model.twins, model.left_over, exact, [job.row for job in plan], files)
+                  len(model.tensors), model.twins, model.ignored, model.left_over, exact, [job.row for job in plan],
+                  files)
 
 
 def convert_lora(source: pathlib.Path, target: pathlib.Path, to: str, config: MMDiTConfig, dtype: Any = None) -> Report:
@@ -151,7 +153,7 @@ def convert_lora(source: pathlib.Path, target: pathlib.Path, to: str, config: MM
         hashed = xxhash.xxh3_64()
         _look(chunk := tensor[...], chunk, row, hashed)
         rows.append(dataclasses.replace(row, xxh3=hashed.hexdigest()))
-    return Report(str(source), "FLUX LoRA", dataclasses.asdict(config), "lora", to, len(keys), (), (),
+    return Report(str(source), "FLUX LoRA", dataclasses.asdict(config), "lora", to, len(keys), (), (), (),
                   len(keys) if all(back) else 0, rows, (str(target),))
 
 
@@ -160,12 +162,15 @@ def compare(model: Model, made: Model, dtype: Any = None) -> Report:
     plan = _plan(model, made.layout, dtype, "")
     for _ in _contents(model, plan, _quiet):
         pass
-    return _report(model, made.layout, plan, _come_back(model, made, _quiet))
+    return _report(model, made.layout, plan, _come_back(model, made, plan, _quiet))
 
 
 def of_tree(path: pathlib.Path, config: Config, params: Any) -> Model:
     """Parameters in memory as a source, in the first layout of their kind."""
-    keymaps.check_tree(config, params)
+    try:
+        keymaps.check_tree(config, params)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path}: the parameters are not those of its config ({error})") from None
     name = next(iter(keymaps.layouts_of(config)))
     leaves = {key: np.asarray(leaf) for key, leaf in flatten_dict(params, sep="/").items()}
     shapes = keymaps.expected(config, name)
@@ -237,7 +242,7 @@ def _contents(model: Model, plan: list[_Job], progress: Progress) -> Iterator[np
                     looked.result()
                     progress(tensor.nbytes)
                     continue
-                for chunk in _chunks(tensor):
+                for chunk in chunks(tensor):
                     out = chunk if chunk.dtype == job.dtype else _cast(chunk, job)
                     looked = pool.submit(_look, chunk, out, job.row, hashed)
                     yield _bytes(out)
@@ -247,7 +252,7 @@ def _contents(model: Model, plan: list[_Job], progress: Progress) -> Iterator[np
 
 
 def _look_through(tensor: Stored, row: Row, hashed: xxhash.xxh3_64) -> None:
-    for chunk in _chunks(tensor):
+    for chunk in chunks(tensor):
         _look(chunk, chunk, row, hashed)
 
 
@@ -255,8 +260,9 @@ def _cast(chunk: np.ndarray, job: _Job) -> np.ndarray:
     with np.errstate(over="ignore", invalid="ignore"):
         out = chunk.astype(job.dtype)
     if not _all_finite(out) and (~np.isfinite(out)).sum() != (~np.isfinite(chunk)).sum():
-        raise UserError(f"{job.row.sources[0]!r} holds numbers up to {np.nanmax(np.abs(chunk.astype(np.float32))):g}, "
-                        f"beyond {job.row.dtype}; expected another --dtype")
+        largest = np.nanmax(np.abs(chunk.astype(np.float32)))
+        raise UserError(f"{shown(job.row.sources[0])} holds numbers up to {largest:g}, beyond {job.row.dtype}; "
+                        "expected another --dtype")
     return out
 
 
@@ -271,6 +277,7 @@ def _look(chunk: np.ndarray, out: np.ndarray, row: Row, hashed: xxhash.xxh3_64) 
         with np.errstate(invalid="ignore"):
             change = np.abs(chunk.astype(wide) - out.astype(wide))
         row.change = max(row.change, float(np.nanmax(change, initial=0)))
+        row.zeros += int(np.count_nonzero(chunk) - np.count_nonzero(out))
 
 
 def _all_finite(x: np.ndarray) -> bool:
@@ -294,29 +301,26 @@ def _rows(tensor: Tensor, region: tuple[slice, ...]) -> Tensor | np.ndarray:
     return np.ascontiguousarray(tensor[region])
 
 
-def _chunks(tensor: Tensor | np.ndarray) -> Iterator[np.ndarray]:
-    """A tensor's rows in order, about CHUNK numbers at a time."""
-    array = tensor[...] if isinstance(tensor, Stored) else tensor  # one memory map serves all
-    step = max(1, CHUNK // max(1, math.prod(array.shape[1:])))
-    for start in range(0, len(array), step):
-        yield array[start:start + step]
+def _come_back(model: Model, back: Model, plan: list[_Job], progress: Progress) -> int:
+    """How many source tensors come back bit for bit from what was written.
 
-
-def _come_back(model: Model, back: Model, progress: Progress) -> int:
-    """How many source tensors come back bit for bit from what was written."""
+    Raises:
+      UserError: what was written is not what the source's numbers are in the written dtype.
+    """
     met = layout.meet(keymaps.plan_for(model.config, back.layout), keymaps.plan_for(model.config, model.layout))
+    written = {key: job.dtype for key, job in zip(keymaps.expected(model.config, back.layout), plan, strict=True)}
     exact = 0
     for key, pieces in met.items():
         same = True
         for piece in pieces:
-            for there, here in zip(_chunks(_rows(back.tensors[piece.source], piece.taken)),
-                                   _chunks(_rows(model.tensors[key], piece.given)), strict=True):
-                same = same and _same(here, there.astype(here.dtype, copy=False))
+            for there, here in zip(chunks(_rows(back.tensors[piece.source], piece.taken)),
+                                   chunks(_rows(model.tensors[key], piece.given)), strict=True):
+                there = there.reshape(here.shape)  # [out, in] against [out, in, 1, 1]
+                if not same_bits(there, here):
+                    if not same_bits(there, here.astype(written[piece.source]).astype(there.dtype, copy=False)):
+                        raise UserError(f"{back.path}: {shown(piece.source)} does not read back as it was written; is "
+                                        "the disk sound?")
+                    same = same and same_bits(here, there.astype(here.dtype))
                 progress(here.nbytes)
         exact += same
     return exact
-
-
-def _same(first: np.ndarray, second: np.ndarray) -> bool:
-    word = np.uint8 if first.nbytes % 8 else np.uint64
-    return bool((_bytes(first).view(word) == _bytes(second).view(word)).all())

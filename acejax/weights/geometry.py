@@ -12,7 +12,9 @@ from acejax.errors import UserError
 from acejax.model.config import AutoencoderConfig, CLIPConfig, MMDiTConfig, T5Config
 from acejax.weights.keymaps import Config
 from acejax.weights.layout import Layout, Shape
+from acejax.weights.source import shown
 
+MAX_LEVELS = 10  # of an autoencoder
 OTHERWISE = " (or give config=, or a config.json beside the file)"
 
 
@@ -34,8 +36,8 @@ class Shapes:
         key = self.key(leaf)
         shape = self._shapes.get(key)
         if shape is None or len(shape) != axes or 0 in shape:
-            raise UserError(f"{key!r} is {'missing' if shape is None else shape}; expected {axes} axes, none empty, to "
-                            f"read the config from{OTHERWISE}")
+            raise UserError(f"{shown(key)} is {'missing' if shape is None else shape}; expected {axes} axes, none "
+                            f"empty, to read the config from{OTHERWISE}")
         return shape
 
     def has(self, leaf: str) -> bool:
@@ -61,12 +63,21 @@ class Shapes:
         value = self._json.get(field)
         if value is None:
             return default
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        counts = isinstance(value, list) and all(isinstance(v, int) for v in value)
-        if not (counts if isinstance(default, tuple) else number) or (isinstance(default, int) and value != int(value)):
-            raise UserError(f"config.json: {field} is {value!r}; expected "
-                            + ("a list of numbers" if isinstance(default, tuple) else "a number"))
-        return tuple(value) if counts else value
+        if isinstance(default, tuple):
+            if isinstance(value, list) and all(map(_is_count, value)):
+                return tuple(value)
+        elif isinstance(default, int):
+            if _is_count(value):
+                return value
+        elif isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30:
+            return float(value)
+        wanted = ("a list of whole numbers" if isinstance(default, tuple)
+                  else "a whole number" if isinstance(default, int) else "a finite number")
+        raise UserError(f"config.json: {field} is {shown(value)}; expected {wanted}")
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**31
 
 
 def _mmdit(shapes: Shapes) -> MMDiTConfig:
@@ -94,9 +105,9 @@ def _autoencoder(shapes: Shapes) -> AutoencoderConfig:
         if len(shape) == 4}
     ch = shapes.of("encoder/conv_in/kernel", axes=4)[0]
     widths = [blocks[level, 0] for level in range(len(blocks)) if (level, 0) in blocks]
-    if not widths or any(width % ch for width in widths):
-        raise UserError(f"the encoder's levels have {widths} channels; expected multiples of {ch}, those of "
-                        f"{shapes.key('encoder/conv_in/kernel')!r}, to read the config from{OTHERWISE}")
+    if not 0 < len(widths) <= MAX_LEVELS or any(width % ch for width in widths):
+        raise UserError(f"the encoder's levels have {shown(widths)} channels; expected 1 to {MAX_LEVELS} multiples of "
+                        f"{ch}, those of {shapes.key('encoder/conv_in/kernel')!r}, to read the config from{OTHERWISE}")
     return AutoencoderConfig(
         ch=ch, ch_mult=tuple(width // ch for width in widths), num_res_blocks=sum(level == 0 for level, _ in blocks),
         z_channels=max(1, shapes.of("encoder/conv_out/kernel", axes=4)[0] // 2),

@@ -4,14 +4,18 @@ import pathlib
 import re
 
 from acejax.errors import UserError
+from acejax.weights.source import PICKLES, exists
 
 _ID = re.compile(r"([\w.-]+/[\w.-]+)(?:/(.+))?")
-PATTERNS = ("*.safetensors", "*.json", "*.model", "*.txt")
+WEIGHTS = (".safetensors", ".json", *PICKLES)
+KEPT = ("json", "safetensors", "model", "txt")
 
 
 def looks_like_id(text: str) -> bool:
     """True for "owner/name" and "owner/name/folder/file.safetensors", where no such path is here."""
-    return bool(_ID.fullmatch(text)) and not text.startswith((".", "/")) and not pathlib.Path(text).exists()
+    found = _ID.fullmatch(text)
+    return bool(found) and not text.startswith(".") and not (found[2] is None and text.endswith(WEIGHTS)) and (
+        not exists(pathlib.Path(text)))
 
 
 def fetch(text: str) -> pathlib.Path:
@@ -29,7 +33,10 @@ def fetch(text: str) -> pathlib.Path:
     try:
         if file:
             return pathlib.Path(huggingface_hub.hf_hub_download(repository, file))
-        return pathlib.Path(huggingface_hub.snapshot_download(repository, allow_patterns=list(PATTERNS)))
+        # a pipeline's repository often holds the same weights a second time beside the folders
+        inside = "*/" if huggingface_hub.file_exists(repository, "model_index.json") else ""
+        patterns = ["model_index.json", *(f"{inside}*.{suffix}" for suffix in KEPT)]
+        return pathlib.Path(huggingface_hub.snapshot_download(repository, allow_patterns=patterns))
     except errors.GatedRepoError:
         raise UserError(f"{repository} is gated: accept its licence at https://huggingface.co/{repository}, then run "
                         "`hf auth login`") from None

@@ -10,7 +10,7 @@ two layouts meet there, without a detour through our tree.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -121,6 +121,29 @@ class Copy:
         return region.reshape(self.block)
 
 
+    def part(self, cut: Sequence[slice]) -> tuple["Copy", tuple[slice, ...]]:
+        """The copy of a part of its block, narrowed as far as torch's axes go, and what is then left to slice.
+
+        `cut` has a slice for each axis of the block.
+        """
+        cut, rest = tuple(cut), (slice(None),) * len(self.block)
+        if self.form == "conv":
+            kept = {0: cut[3], 1: cut[2], 2: cut[0], 3: cut[1]}
+        elif self.form == "linear":  # several feature axes are one in torch, and are cut afterwards
+            kept = {1: cut[0]} | ({0: cut[1]} if len(cut) == 2 else {})
+            rest = rest if len(cut) == 2 else (slice(None), *cut[1:])
+        elif len(cut) == len(self.region):
+            kept = dict(enumerate(cut))
+        else:
+            return self, cut
+        region = tuple(slice(at.start + kept[axis].start, at.start + kept[axis].stop) if axis in kept else at
+                       for axis, at in enumerate(self.region))
+        done = tuple(left == slice(None) for left in rest)
+        block = tuple(one.stop - one.start if whole else size
+                      for one, whole, size in zip(cut, done, self.block, strict=True))
+        return dataclasses.replace(self, region=region, block=block), rest
+
+
 def plan(layout: Layout, shapes: Mapping[str, Shape]) -> tuple[Copy, ...]:
     """Expand a table over a model's leaves (`shapes`: our path -> shape); rows of absent modules fall away."""
     copies = []
@@ -194,7 +217,8 @@ def leaf(copies: Iterable[Copy], shape: Shape, get: Callable[[str], Any], dtype:
       shape: of the whole leaf.
       get: foreign key -> something that gives an array when sliced: an array, or a tensor still on disk.
       dtype: of the result.
-      region: the part, as slices over `shape`; None for all. No more than it is read.
+      region: the part, as slices over `shape`; None for all. Of a weight, only the rows and columns of the part are
+        asked for.
     """
     bounds = _bounds(shape, region)
     made = np.empty([stop - start for start, stop in bounds], dtype)
@@ -210,7 +234,8 @@ def leaf(copies: Iterable[Copy], shape: Shape, get: Callable[[str], Any], dtype:
                 into.append(slice(None))
                 out_of.append(slice(start, stop))
         else:
-            made[tuple(into)] = copy.from_torch(get(copy.key)[copy.region])[tuple(out_of)]
+            narrow, rest = copy.part(out_of)
+            made[tuple(into)] = narrow.from_torch(get(copy.key)[narrow.region])[rest]
     return made
 
 

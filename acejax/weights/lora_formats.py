@@ -30,7 +30,7 @@ from acejax.weights import keymaps, lora_pairs, pickles
 from acejax.weights.layout import grouped
 from acejax.weights.lora_pairs import Pair
 from acejax.weights.save import save_tensors
-from acejax.weights.source import FLOATS, NAMES, open_source
+from acejax.weights.source import FLOATS, NAMES, PICKLES, open_source
 
 PREFIXES = (*keymaps.PREFIXES, "diffusion_model.", "transformer.", "base_model.model.", "base_model.model.transformer.")
 UNDERSCORED = ("lora_unet_", "lora_transformer_")  # kohya and ComfyUI; OneTrainer: dots become underscores
@@ -158,7 +158,7 @@ def _peft(ranks: Mapping[str, int], alphas: Mapping[str, float]) -> dict[str, An
 def _read(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], Mapping[str, str]]:
     """All tensors of a file, and its metadata."""
     path = pathlib.Path(path)
-    opened = pickles.open_pickle(path) if path.suffix in pickles.SUFFIXES else open_source(path)
+    opened = pickles.open_pickle(path) if path.suffix in PICKLES else open_source(path)
     for key, tensor in opened.tensors.items():
         if NAMES[tensor.dtype] not in FLOATS:
             raise UserError(f"{path}: {key!r} is stored as {NAMES[tensor.dtype]}; expected one of {', '.join(FLOATS)}")

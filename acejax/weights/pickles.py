@@ -8,9 +8,9 @@ import ml_dtypes
 import numpy as np
 
 from acejax.errors import UserError
-from acejax.weights.source import Source
+from acejax.weights.source import NAMES, Source, exists, shown
 
-SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+OLDEST = (2, 6)  # CVE-2025-32434: before it, `weights_only` could be made to run code
 WRAPPERS = ("state_dict", "model")  # ACE_plus' loader takes `state_dict` or `model.model` off (ace_plus_ldm.py)
 
 
@@ -20,13 +20,15 @@ def open_pickle(path: pathlib.Path) -> Source:
     Raises:
       UserError: no torch; a file that is no state dict of tensors, or that would have to run code to be read.
     """
-    if not path.is_file():
+    if not exists(path):
         raise UserError(f"{path}: no such file")
     try:
         import torch
     except ImportError:
         raise UserError(f"{path}: reading {path.suffix} needs PyTorch (pip install torch --index-url "
                         "https://download.pytorch.org/whl/cpu); or give safetensors") from None
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < OLDEST:
+        raise UserError(f"{path}: PyTorch {torch.__version__} reads such files unsafely; expected 2.6 or newer")
     try:
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
     except Exception as error:  # whatever a broken or hostile file makes the unpickler say
@@ -39,18 +41,24 @@ def open_pickle(path: pathlib.Path) -> Source:
         raise UserError(f"{path}: expected a state dict, names to tensors; found {type(found).__name__}")
     for key, value in found.items():
         if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
-            raise UserError(f"{path}: {key!r} is a {type(value).__name__}; expected a dense tensor")
-    return Source(path, {key: _array(torch, value) for key, value in found.items()})
+            raise UserError(f"{path}: {shown(key)} is a {type(value).__name__}; expected a dense tensor")
+    return Source(path, {key: _array(path, key, torch, value) for key, value in found.items()})
 
 
-def _array(torch: Any, tensor: Any) -> np.ndarray:
+def _array(path: pathlib.Path, key: str, torch: Any, tensor: Any) -> np.ndarray:
     """The same memory as numpy; torch names no numpy dtype for the short floats."""
-    tensor = tensor.detach()
     short = {torch.bfloat16: ml_dtypes.bfloat16, torch.float8_e4m3fn: ml_dtypes.float8_e4m3fn,
              torch.float8_e5m2: ml_dtypes.float8_e5m2}.get(tensor.dtype)
-    if short is None:
-        return tensor.numpy()
-    return tensor.contiguous().view(torch.int16 if tensor.dtype.itemsize == 2 else torch.uint8).numpy().view(short)
+    try:
+        tensor = tensor.detach()
+        if short is not None:
+            bits = torch.int16 if tensor.dtype.itemsize == 2 else torch.uint8
+            return tensor.contiguous().view(bits).numpy().view(short)
+        array = tensor.numpy()
+        NAMES[array.dtype]
+        return array
+    except Exception:  # quantised, complex, on another device, lazily negated ...
+        raise UserError(f"{path}: {shown(key)} is stored as {tensor.dtype}; expected plain numbers in memory") from None
 
 
 def _is_zip(path: pathlib.Path) -> bool:

@@ -17,7 +17,7 @@ from acejax.errors import UserError
 from acejax.model.config import AutoencoderConfig, MMDiTConfig
 from acejax.weights import geometry, keymaps, layout
 from acejax.weights.keymaps import Config
-from acejax.weights.source import NAMES, Stored
+from acejax.weights.source import NAMES, Stored, exists
 
 SHARD = 10 * 10**9  # bytes of one file in a folder, as diffusers cuts
 BLOCK = 2**18  # bytes
@@ -60,8 +60,9 @@ def save_model(path: str | os.PathLike, config: Config, params: Any, layout: str
     keymaps.check_tree(config, params)
     entries = _entries(config, params, layout, dtype)
     contents = (tensor.reshape(-1).view(np.uint8) for _, tensor in keymaps.tensors(config, params, layout, dtype))
-    with beside(pathlib.Path(path), replace=True) as place:
-        sync(write(place, config, entries, contents))
+    path = pathlib.Path(path)
+    with beside(path, replace=True) as place:
+        sync(write(place, config, entries, contents, folder=path.suffix != ".safetensors"))
 
 
 def save_tensors(path: str | os.PathLike, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
@@ -91,9 +92,9 @@ def beside(target: pathlib.Path, replace: bool = False) -> Iterator[pathlib.Path
     Raises:
       UserError: the target is there already (a folder, or `replace` is not said), or can't be written.
     """
-    if target.exists() and not (replace and target.is_file()):
+    if exists(target) and not (replace and target.is_file()):
         raise UserError(f"{target}: is there already; give another place, nothing is overwritten")
-    place = target.with_name(f".{os.getpid()}.{target.name}")
+    place = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         yield place
@@ -102,23 +103,22 @@ def beside(target: pathlib.Path, replace: bool = False) -> Iterator[pathlib.Path
     except OSError as error:
         raise UserError(f"{target}: cannot be written ({error})") from None
     finally:
-        if place.is_dir():
-            shutil.rmtree(place)
-        place.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            shutil.rmtree(place) if place.is_dir() else place.unlink(missing_ok=True)
 
 
-def write(place: pathlib.Path, config: Config, entries: Sequence[Entry],
-          contents: Iterable[np.ndarray | Stored]) -> list[pathlib.Path]:
-    """Write a file (a name that ends in .safetensors) or a folder; returns the tensor files.
+def write(place: pathlib.Path, config: Config, entries: Sequence[Entry], contents: Iterable[np.ndarray | Stored],
+          folder: bool) -> list[pathlib.Path]:
+    """Write a file or a folder; returns the tensor files.
 
     `contents` are the tensors' bytes one after the other, in pieces of any size; a `Stored` stands for bytes on disk.
     """
     contents = iter(contents)
-    if place.suffix == ".safetensors":
+    if folder:
+        files = _write_folder(place, config, entries, contents)
+    else:
         files = [place]
         _write_file(place, entries, contents)
-    else:
-        files = _write_folder(place, config, entries, contents)
     for _ in contents:  # lets a generator end, too
         raise RuntimeError(f"{place}: more bytes than its tensors have")
     return files

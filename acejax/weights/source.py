@@ -9,7 +9,7 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import ml_dtypes
@@ -24,6 +24,9 @@ DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dt
 FLOATS = ("F64", "F32", "F16", "BF16")
 NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
 MAX_HEADER = 100_000_000  # bytes, as the format's own library allows
+CHUNK = 2**20  # numbers in flight at once: they stay in the processor's cache
+MAX_AXES = 32  # numpy has no more
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")  # what PyTorch saves
 Shape = tuple[int, ...]
 
 
@@ -76,7 +79,12 @@ class Scaled:
         return self.stored.shape
 
     def __getitem__(self, region: Any) -> np.ndarray:
-        return (self.stored[region].astype(np.float32) * np.float32(self.scale)).astype(self.dtype)
+        short = self.stored[region]
+        if self.scale == 1:  # exact
+            return short.astype(self.dtype)
+        wide = short.astype(np.float32)
+        wide *= np.float32(self.scale)
+        return wide.astype(self.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,9 +135,9 @@ def open_source(path: str | os.PathLike) -> Source:
         offsets, a shard that is missing, or a folder with no or several models.
     """
     path = pathlib.Path(path)
-    if path.is_dir():
+    if exists(path) and path.is_dir():
         return open_source(_only_model(path))
-    if not path.is_file():
+    if not exists(path):
         raise UserError(f"{path}: no such file; expected a safetensors file, its index, or a folder with one")
     if path.name.endswith(".index.json"):
         tensors, metadata = _open_index(path)
@@ -188,8 +196,8 @@ def read_header(path: pathlib.Path) -> tuple[dict[str, Stored], dict[str, str]]:
     end = 8 + length
     for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.start, tensor.nbytes)):
         if tensor.start != end:
-            raise UserError(f"{path}: {tensor.key!r} starts at byte {tensor.start:,}; expected {end:,}, where the one "
-                            "before ends")
+            raise UserError(f"{path}: {shown(tensor.key)} starts at byte {tensor.start:,}; expected {end:,}, where the "
+                            "one before ends")
         end = tensor.start + tensor.nbytes
     if end != size:
         raise UserError(f"{path}: {size:,} bytes; expected a whole safetensors file of {end:,}")
@@ -197,22 +205,25 @@ def read_header(path: pathlib.Path) -> tuple[dict[str, Stored], dict[str, str]]:
 
 
 def _entry(path: pathlib.Path, key: str, entry: Any, data: int, size: int) -> Stored:
-    def is_count(value: Any) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**62
+    def counts(value: Any, most: int) -> bool:
+        return isinstance(value, list) and len(value) <= most and all(
+            isinstance(one, int) and not isinstance(one, bool) and 0 <= one < 2**62 for one in value)
 
-    if (not isinstance(entry, dict) or not isinstance(entry.get("shape"), list)
-            or not isinstance(entry.get("data_offsets"), list) or len(entry["data_offsets"]) != 2
-            or not all(map(is_count, entry["shape"] + entry["data_offsets"]))):
-        raise UserError(f"{path}: {key!r} has no valid dtype, shape and data_offsets in the header")
-    if entry.get("dtype") not in DTYPES:
-        raise UserError(f"{path}: {key!r} is stored as {entry.get('dtype')}; expected one of {', '.join(DTYPES)}")
+    if (not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str)
+            or not counts(entry.get("shape"), MAX_AXES) or not counts(entry.get("data_offsets"), 2)
+            or len(entry["data_offsets"]) != 2
+            or math.prod(max(1, extent) for extent in entry["shape"]) >= 2**62):
+        raise UserError(f"{path}: {shown(key)} has no valid dtype, shape and data_offsets in the header")
+    if entry["dtype"] not in DTYPES:
+        raise UserError(f"{path}: {shown(key)} is stored as {shown(entry['dtype'])}; expected one of "
+                        f"{', '.join(DTYPES)}")
     dtype, shape, (start, stop) = np.dtype(DTYPES[entry["dtype"]]), tuple(entry["shape"]), entry["data_offsets"]
     stored = Stored(path, key, shape, dtype, data + start)
     if data + stop > size:
-        raise UserError(f"{path}: expected a whole safetensors file; found one cut short: {key!r} ends at byte "
-                        f"{data + stop:,} of {size:,}")
+        raise UserError(f"{path}: expected a whole safetensors file; found one cut short: {shown(key)} ends at "
+                        f"byte {data + stop:,} of {size:,}")
     if stop - start != stored.nbytes:
-        raise UserError(f"{path}: {key!r} of shape {shape} needs {stored.nbytes:,} bytes; the header gives it "
+        raise UserError(f"{path}: {shown(key)} of shape {shape} needs {stored.nbytes:,} bytes; the header gives it "
                         f"{stop - start:,}")
     return stored
 
@@ -226,35 +237,67 @@ def _open_index(path: pathlib.Path) -> tuple[dict[str, Stored], dict[str, str]]:
     tensors: dict[str, Stored] = {}
     metadata: dict[str, str] = {}
     for name in sorted(set(weight_map.values())):
-        if not (path.parent / name).is_file():
-            raise UserError(f"{path}: the shard {name!r} is not there")
+        if not exists(path.parent / name):
+            raise UserError(f"{path}: the shard {shown(name)} is not there")
         shard, notes = read_header(path.parent / name)
         for key in shard:
             if weight_map.get(key) != name:
-                raise UserError(f"{path}: {key!r} stands in {name!r}; the index says {weight_map.get(key)!r}")
+                raise UserError(f"{path}: {shown(key)} stands in {name!r}; the index says {shown(weight_map.get(key))}")
         tensors |= shard
         metadata |= notes
     missing = sorted(weight_map.keys() - tensors.keys())
     if missing:
-        raise UserError(f"{path}: {missing[0]!r} is missing in {weight_map[missing[0]]!r}, where the index has it")
+        raise UserError(f"{path}: {shown(missing[0])} is missing in {weight_map[missing[0]]!r}, where the index has it")
     return tensors, metadata
 
 
 def _only_model(folder: pathlib.Path) -> pathlib.Path:
-    indices = sorted(folder.glob("*.safetensors.index.json"))
-    files = indices or sorted(folder.glob("*.safetensors"))
+    names = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
+    indices = [path for path in names if path.name.endswith(".safetensors.index.json")]
+    files = indices or [path for path in names if path.suffix == ".safetensors"]
     if len(files) != 1:
+        files = files or [path for path in names if path.suffix in PICKLES]
         found = ", ".join(file.name for file in files[:3]) or "none"
         raise UserError(f"{folder}: expected one safetensors file or index in this folder; found {found}"
                         + (" and more" if len(files) > 3 else ""))
     return files[0]
 
 
+def exists(path: pathlib.Path) -> bool:
+    """Whether a path is there; one that no file system takes is not."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
+
+
+def chunks(tensor: Tensor) -> Iterator[np.ndarray]:
+    """A tensor's rows in order, about CHUNK numbers at a time."""
+    array = tensor[...] if isinstance(tensor, Stored) else tensor  # one memory map serves all
+    step = max(1, CHUNK // max(1, math.prod(array.shape[1:])))
+    for start in range(0, array.shape[0], step):
+        yield np.ascontiguousarray(array[start:start + step])
+
+
+def same_bits(first: np.ndarray, second: np.ndarray) -> bool:
+    """Whether two contiguous arrays hold the same bytes."""
+    if first.shape != second.shape or first.dtype != second.dtype:
+        return False
+    word = np.uint8 if first.nbytes % 8 else np.uint64
+    return bool((first.reshape(-1).view(word) == second.reshape(-1).view(word)).all())
+
+
+def shown(key: Any) -> str:
+    """A name out of a file, fit for a message: quoted, escaped, of bounded length."""
+    text = ascii(key)
+    return text if len(text) <= 200 else text[:190] + "..." + text[-1]
+
+
 def _refuse_other_formats(path: pathlib.Path, start: bytes) -> None:
     if start[:4] == b"GGUF":
         raise UserError(f"{path}: found a GGUF file, whose quantised blocks are not read here; expected safetensors in "
                         "float8, bfloat16, float16 or float32")
-    if path.suffix in (".bin", ".pt", ".pth", ".ckpt") or start[:2] == b"PK":
+    if path.suffix in PICKLES or start[:2] == b"PK":
         raise UserError(f"{path}: found a PyTorch pickle; expected safetensors (`acejax convert` turns one into the "
                         "other, with torch, and without executing it)")
 
@@ -264,10 +307,11 @@ class _Duplicate(ValueError):
 
 
 def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise _Duplicate(repr(next(name for name in names if names.count(name) > 1)))
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise _Duplicate(shown(name))
+        found[name] = value
     return found
 
 

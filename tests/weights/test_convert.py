@@ -2,7 +2,9 @@
 
 import json
 import pathlib
+import shutil
 import time
+import tracemalloc
 
 import jax
 import ml_dtypes
@@ -71,7 +73,7 @@ def test_the_report_has_each_tensors_checksum(written, tmp_path):
 
 @pytest.mark.parametrize("chunk", [64, 1000])
 def test_chunks_of_any_size(written, tmp_path, monkeypatch, chunk):
-    monkeypatch.setattr(convert, "CHUNK", chunk)
+    monkeypatch.setattr("acejax.weights.source.CHUNK", chunk)
     source = written()
     assert run(source, tmp_path / "d.safetensors", "--to", "diffusers") == 0
     monkeypatch.undo()
@@ -182,6 +184,97 @@ def test_what_is_finite_is_seen_in_the_bits(dtype):
     found = [convert._all_finite(numbers[i:i + 1]) for i in range(0, len(numbers), count(1 + len(numbers) // 3000, 1))]
     np.testing.assert_array_equal(found, expected[::count(1 + len(numbers) // 3000, 1)])
     assert convert._all_finite(numbers[expected]) and not convert._all_finite(numbers)
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_a_disk_that_lies_is_noticed(written, tmp_path, monkeypatch, dtype):
+    """What is read back must be what the numbers are in the written dtype."""
+    honest = save.write
+
+    def lying(place, *rest, **more):
+        files = honest(place, *rest, **more)
+        with files[0].open("r+b") as file:
+            file.seek(-3, 2)
+            byte = file.read(1)
+            file.seek(-3, 2)
+            file.write(bytes([byte[0] ^ 1]))
+        return files
+
+    monkeypatch.setattr(save, "write", lying)
+    source = written(dtype=np.float32)
+    with pytest.raises(acejax.UserError, match="does not read back as it was written"):
+        run(source, tmp_path / "out.safetensors", "--to", "diffusers", *(["--dtype", dtype] if dtype else []))
+    assert [path.name for path in tmp_path.iterdir()] == ["source.safetensors"]
+
+
+def test_what_is_known_and_not_needed_is_named(tmp_path, capsys):
+    tensors = {f"text_model.{key}": tensor for key, tensor in state(CLIP).items()}
+    save_file(tensors | {"text_projection.weight": np.eye(4, dtype=np.float32)}, tmp_path / "clip.safetensors")
+    assert run(tmp_path / "clip.safetensors", tmp_path / "out.safetensors", "--to", "comfy") == 0
+    assert "not needed  1: 'text_projection.weight'" in capsys.readouterr().out
+
+
+def test_a_pipeline_comes_whole_or_not_at_all(tmp_path):
+    folder = tmp_path / "pipeline"
+    (folder / "tokenizer").mkdir(parents=True)
+    (folder / "model_index.json").write_text("{}")
+    (folder / "tokenizer" / "vocab.json").write_text("{}")
+    save.save_model(folder / "transformer", MMDIT, params(MMDIT), "diffusers")
+    save.save_model(folder / "vae", VAE, params(VAE), "diffusers")
+    assert run(folder, tmp_path / "again", "--to", "diffusers", "--json", tmp_path / "r.json") == 0
+    assert sorted(path.name for path in (tmp_path / "again").iterdir()) == [
+        "model_index.json", "tokenizer", "transformer", "vae"]
+    assert all(pathlib.Path(file).is_file() for report in json.loads((tmp_path / "r.json").read_text())
+               for file in report["files"])
+    assert run(tmp_path / "again", tmp_path / "comfy", "--to", "comfy") == 0
+
+    (file,) = (folder / "vae").glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:-1])
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(acejax.UserError, match="vae.*expected a whole safetensors file"):
+        run(folder, tmp_path / "broken", "--to", "bfl")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_orbax_folders_that_are_not_whole(written, tmp_path):
+    assert run(written(), tmp_path / "o", "--to", "orbax") == 0
+    note = json.loads((tmp_path / "o" / "model.json").read_text())
+    for change, told in (({"depth": 2}, "are not those of its config"), ({"depth": 1.5}, "are not those of its config"),
+                         ({"hidden_size": 0}, "says of no model")):
+        (tmp_path / "o" / "model.json").write_text(json.dumps(note | {"config": note["config"] | change}))
+        with pytest.raises(acejax.UserError, match=told):
+            run(tmp_path / "o", tmp_path / "x.safetensors", "--to", "bfl")
+    (tmp_path / "o" / "model.json").write_text(json.dumps(note))
+    for path in (tmp_path / "o" / "params").rglob("*"):
+        if path.is_file() and path.stat().st_size > 1000:
+            path.write_bytes(path.read_bytes()[:500])
+    with pytest.raises(acejax.UserError, match="cannot be read as an Orbax checkpoint"):
+        run(tmp_path / "o", tmp_path / "x.safetensors", "--to", "bfl")
+    shutil.rmtree(tmp_path / "o" / "params")
+    with pytest.raises(acejax.UserError, match="no parameters there"):
+        run(tmp_path / "o", tmp_path / "x.safetensors", "--to", "bfl")
+
+
+def test_float64_does_not_go_to_orbax_unsaid(written, tmp_path):
+    source = written(dtype=np.float64)
+    with pytest.raises(acejax.UserError, match="float64, which jax does not keep; give a --dtype"):
+        run(source, tmp_path / "o", "--to", "orbax")
+    assert run(source, tmp_path / "o", "--to", "orbax", "--dtype", "float32") == 0
+
+
+@pytest.mark.parametrize("config", [MMDIT, VAE], ids=["transformer", "autoencoder"])
+def test_memory_stays_below_three_tensors(tmp_path, config):
+    """Beside the chunk that is under way nothing is held, whatever the file's size (numpy's own allocations)."""
+    source = tmp_path / "source.safetensors"
+    save.save_model(source, config, params(config), "bfl")
+    model = open_model(source)
+    largest = max(tensor.nbytes for tensor in model.tensors.values())
+    convert.convert(model, tmp_path / "warm.safetensors", "diffusers")
+    tracemalloc.start()
+    convert.convert(model, tmp_path / "out.safetensors", "diffusers")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 3 * largest + 2_000_000
 
 
 def test_extra_tensors_are_named_or_left(written, tmp_path):

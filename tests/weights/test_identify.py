@@ -103,6 +103,25 @@ def test_block_quantised_weights_are_named(tmp_path):
     refused("'txt_in.weight.absmax'", "NF4", path=write(tmp_path, packed))
 
 
+def test_scales_that_are_not_read_are_refused_whatever_the_flags(tmp_path):
+    tensors = {key: tensor.astype(ml_dtypes.float8_e4m3fn) for key, tensor in state(MMDIT).items()}
+    newer = tensors | {"txt_in.weight_scale": np.ones((), np.float32), "txt_in.comfy_quant": np.zeros(9, np.uint8)}
+    refused("'txt_in.weight_scale'", "not read here", path=write(tmp_path, newer), allow_extra=True)
+    refused("'nonsense.scale_weight' is left over", path=write(
+        tmp_path, tensors | {"nonsense.scale_weight": np.ones((), np.float32)}))
+
+
+@pytest.mark.parametrize(("config", "field", "value"), [
+    (VAE, "norm_num_groups", "1e999"), (VAE, "norm_num_groups", "4.0"), (VAE, "scaling_factor", "Infinity"),
+    (VAE, "shift_factor", "NaN"), (T5, "relative_attention_max_distance", "1e400"),
+    (CLIP, "num_attention_heads", "4.0"),
+    (MMDIT, "axes_dims_rope", "[16, 56.0, 56]"), (MMDIT, "axes_dims_rope", "[1e999]")])
+def test_numbers_of_a_config_that_cannot_be(tmp_path, config, field, value):
+    save.save_model(tmp_path / "m", config, params(config), list(keymaps.layouts_of(config))[-1])
+    (tmp_path / "m" / "config.json").write_text(f'{{"{field}": {value}}}')
+    refused("config.json", field, "expected", path=tmp_path / "m")
+
+
 def test_twins_must_be_one_tensor(tmp_path):
     tensors = state(T5)
     twin = tensors["shared.weight"].copy()

@@ -256,6 +256,27 @@ def test_shards_hold_the_right_numbers(tmp_path, state):
             np.testing.assert_array_equal(layout.leaf(copies, shapes[path], get, np.float32, region), whole[region])
 
 
+def test_a_shard_asks_the_disk_for_itself_alone(state):
+    """What is made where it is sliced (float8 with its scale) is made for the shard, not for the whole leaf."""
+    class Asked:
+        def __init__(self, tensor):
+            self.tensor, self.dtype = tensor, tensor.dtype
+
+        def __getitem__(self, region):
+            asked.append(self.tensor[region].size)
+            return self.tensor[region]
+
+    asked = []
+    shapes = keymaps.leaf_shapes(MODEL)
+    for path, copies in layout.grouped(keymaps.plan_for(MODEL, "bfl"), "path").items():
+        if path.endswith("kernel"):  # by columns of [in, ...], as fsdp cuts
+            shape, axis = shapes[path], len(shapes[path]) - len(copies[0].block)
+            region = tuple(slice(0, size // 8 if i == axis else size) for i, size in enumerate(shape))
+            asked.clear()
+            part = layout.leaf(copies, shape, lambda key: Asked(state[key]), np.float32, region)
+            assert sum(asked) == part.size <= np.prod(shape) // 8, path
+
+
 @pytest.mark.parametrize("name", keymaps.LAYOUTS)
 def test_regions_of_foreign_tensors_hold_the_right_numbers(state, name):
     params = flatten_dict(keymaps.from_foreign(MODEL, state.__getitem__, "bfl"), sep="/")

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import time
 
 import ml_dtypes
 import numpy as np
@@ -89,6 +90,33 @@ def test_other_formats_are_named(tmp_path):
                               ("x.bin", b"\x80\x02}q\0.", "acejax convert"), ("x.safetensors", b"", "cut short")):
         (tmp_path / name).write_bytes(start)
         refused(tmp_path / name, told)
+
+
+def test_names_out_of_a_file_cannot_speak(tmp_path):
+    """Neither lines nor colours nor megabytes of a header's names reach the terminal."""
+    for key in ("a\nacejax: all is well\x1b[31m", "\ud800", "x" * 10_000):
+        text = json.dumps({key: {"dtype": "F32", "shape": [1], "data_offsets": [0, 8]}}).encode()
+        (tmp_path / "x.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
+        with pytest.raises(acejax.UserError) as error:
+            open_source(tmp_path / "x.safetensors")
+        message = str(error.value).replace(str(tmp_path), "")
+        assert message.isascii() and message.isprintable() and len(message) < 400
+
+
+def test_a_large_header_is_read_in_one_pass(tmp_path):
+    """40,000 tensors and a name that comes twice: quadratic time would show."""
+    entries = [f'"k{i}": {{"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}}' for i in range(40_000)]
+    text = ("{" + ", ".join([*entries, entries[7]]) + "}").encode()
+    (tmp_path / "x.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
+    started = time.process_time()
+    refused(tmp_path / "x.safetensors", "names 'k7' twice")
+    assert time.process_time() - started < 10  # 150 s when each name was counted
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b"])
+def test_names_that_no_file_system_takes(tmp_path, name):
+    with pytest.raises(acejax.UserError, match="no such file"):
+        open_source(tmp_path / name)
 
 
 def test_a_header_that_names_a_tensor_twice(tmp_path):

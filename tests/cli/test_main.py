@@ -120,6 +120,14 @@ def test_through_the_command(place):
     assert done.stderr == "acejax: picture nosuch.png: no such file\n"
 
 
+def test_the_tool_is_the_command(place):
+    line = [str(ROOT / "tools" / "convert_weights"), "nosuch.safetensors", "o.safetensors", "--to", "bfl"]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, *line], env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("acejax: nosuch.safetensors: no such file")
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help(command, capsys):
     assert main([command, "--help"]) == 0

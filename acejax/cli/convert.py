@@ -18,6 +18,7 @@ from acejax.errors import UserError
 from acejax.model.config import MMDiTConfig
 from acejax.weights import convert, hub, identify, keymaps, load, lora_formats, pickles, save
 from acejax.weights.convert import Report
+from acejax.weights.convert_lora import convert_lora
 from acejax.weights.identify import Model
 from acejax.weights.source import PICKLES, exists, open_source, shown
 
@@ -126,7 +127,7 @@ def _convert(path: pathlib.Path, target: pathlib.Path, args: argparse.Namespace)
         if args.to not in lora_formats.LAYOUTS or target.suffix != ".safetensors" or grow:
             raise UserError(f"{path}: found a LoRA; expected --to {' or '.join(lora_formats.LAYOUTS)}, a .safetensors "
                             "file as the target, and no --grow")
-        return convert.convert_lora(path, target, args.to, MMDiTConfig.flux_fill(), DTYPES.get(args.dtype))
+        return convert_lora(path, target, args.to, MMDiTConfig.flux_fill(), DTYPES.get(args.dtype))
     return _convert_model(identify.identify(found, grow=grow, allow_extra=args.allow_extra), target, args)
 
 

@@ -11,20 +11,18 @@ import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import jax
 import ml_dtypes
 import numpy as np
 import xxhash
 from flax.traverse_util import flatten_dict
 
 from acejax.errors import UserError
-from acejax.model.config import MMDiTConfig
-from acejax.weights import keymaps, layout, lora_formats, save
+from acejax.weights import keymaps, layout, save
 from acejax.weights.identify import KINDS, Model, open_model
 from acejax.weights.keymaps import Config
 from acejax.weights.layout import Piece, Shape
 from acejax.weights.save import Entry
-from acejax.weights.source import NAMES, Stored, Tensor, chunks, open_source, same_bits, shown
+from acejax.weights.source import NAMES, Stored, Tensor, chunks, same_bits, shown
 
 # dtype -> the least bits of a positive number that is NaN or infinity; with the sign bit, of a negative one
 _NOT_FINITE = {np.dtype(np.float64): 0x7FF0_0000_0000_0000, np.dtype(np.float32): 0x7F80_0000,
@@ -136,27 +134,6 @@ def _report(model: Model, to: str, plan: list["_Job"], exact: int, files: tuple[
                   files)
 
 
-def convert_lora(source: pathlib.Path, target: pathlib.Path, to: str, config: MMDiTConfig, dtype: Any = None) -> Report:
-    """Write a LoRA file as "comfy" or "diffusers"; the report's `exact` is all or nothing.
-
-    Raises:
-      UserError: what `acejax.load_lora` refuses, or a target that is there already.
-    """
-    lora = lora_formats.load_lora(source, config)
-    if target.exists():
-        raise UserError(f"{target}: is there already; give another place, nothing is overwritten")
-    lora_formats.save_lora(target, config, lora, to, dtype)
-    back = jax.tree.leaves(jax.tree.map(np.array_equal, lora, lora_formats.load_lora(target, config)))
-    keys, rows = sorted(open_source(source).tensors), []
-    for key, tensor in open_source(target).tensors.items():
-        row = Row(key, tensor.shape, NAMES[tensor.dtype], (), NAMES[tensor.dtype])
-        hashed = xxhash.xxh3_64()
-        _look(chunk := tensor[...], chunk, row, hashed)
-        rows.append(dataclasses.replace(row, xxh3=hashed.hexdigest()))
-    return Report(str(source), "FLUX LoRA", dataclasses.asdict(config), "lora", to, len(keys), (), (), (),
-                  len(keys) if all(back) else 0, rows, (str(target),))
-
-
 def compare(model: Model, made: Model, dtype: Any = None) -> Report:
     """The report of a conversion by other means, whose result is `made`."""
     plan = _plan(model, made.layout, dtype, "")
@@ -244,7 +221,7 @@ def _contents(model: Model, plan: list[_Job], progress: Progress) -> Iterator[np
                     continue
                 for chunk in chunks(tensor):
                     out = chunk if chunk.dtype == job.dtype else _cast(chunk, job)
-                    looked = pool.submit(_look, chunk, out, job.row, hashed)
+                    looked = pool.submit(look, chunk, out, job.row, hashed)
                     yield _bytes(out)
                     looked.result()
                     progress(chunk.nbytes)
@@ -253,7 +230,7 @@ def _contents(model: Model, plan: list[_Job], progress: Progress) -> Iterator[np
 
 def _look_through(tensor: Stored, row: Row, hashed: xxhash.xxh3_64) -> None:
     for chunk in chunks(tensor):
-        _look(chunk, chunk, row, hashed)
+        look(chunk, chunk, row, hashed)
 
 
 def _cast(chunk: np.ndarray, job: _Job) -> np.ndarray:
@@ -266,7 +243,7 @@ def _cast(chunk: np.ndarray, job: _Job) -> np.ndarray:
     return out
 
 
-def _look(chunk: np.ndarray, out: np.ndarray, row: Row, hashed: xxhash.xxh3_64) -> None:
+def look(chunk: np.ndarray, out: np.ndarray, row: Row, hashed: xxhash.xxh3_64) -> None:
     """Hash what is written, count in the row what is not finite, and measure the change."""
     hashed.update(_bytes(out))
     if not _all_finite(out):

@@ -70,6 +70,17 @@ def to_foreign(config: MMDiTConfig, layout: str, lora: Params) -> Iterator[tuple
             yield key, (down, up, scale[:, 0])
 
 
+def adds_the_same(config: MMDiTConfig, layout: str, one: Params, other: Params) -> dict[str, bool]:
+    """Key of a weight of a layout -> whether two trees of ours add the same to it, bit for bit.
+
+    Ranks that add nothing do not count: a file of another layout needs them where its modules share one A.
+    """
+    first, second = flatten_dict(one, sep="/"), flatten_dict(other, sep="/")
+    return {key: all(np.array_equal(mine, theirs) for copy in copies
+                     for mine, theirs in zip(_added(copy, first), _added(copy, second), strict=True))
+            for key, copies in grouped(kernels(config, layout), "key").items()}
+
+
 def join(parts: Sequence[Part], shape: tuple[int, int], slices: int = 1) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(down [r, in], up [out, r], scale [r, slices]) of a whole weight [out, in] from those of its parts.
 
@@ -132,11 +143,30 @@ def _by_layer(copies: Iterable[Copy]) -> dict[int | None, list[Copy]]:
     return layers
 
 
-def _parts(copy: Copy, ours: Mapping[str, np.ndarray]) -> Iterable[Part]:
-    """What a copy covers of our pair, by slices of one scale; ranks that are not there (scale 0) left out."""
+def _leaves(copy: Copy, ours: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """a [in, r], b [r, out] and scale [r, slices] of the layer that a copy is of."""
     a, b, scale = (leaf if copy.layer is None else leaf[copy.layer]
                    for leaf in (ours[f"{module_of(copy)}/{name}"] for name in ("a", "b", "scale")))
-    b = b.reshape(len(b), -1)
+    return a, b.reshape(len(b), -1), scale
+
+
+def _added(copy: Copy, ours: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """What a copy covers of our pair, with the scale in b: a [in, r] and b [r, rows], of the ranks that add anything.
+
+    Float64 holds the product of a float32 scale and a number of b exactly.
+    """
+    if f"{module_of(copy)}/a" not in ours:
+        return np.zeros((copy.shape[1], 0)), np.zeros((0, copy.shape[0]))
+    a, b, scale = _leaves(copy, ours)
+    rows = slice(*copy.rows)
+    scaled = b[:, rows].astype(np.float64) * np.repeat(scale, b.shape[1] // scale.shape[1], axis=1)[:, rows]
+    there = a.any(0) & scaled.any(1)
+    return a[:, there], scaled[there]
+
+
+def _parts(copy: Copy, ours: Mapping[str, np.ndarray]) -> Iterable[Part]:
+    """What a copy covers of our pair, by slices of one scale; ranks that are not there (scale 0) left out."""
+    a, b, scale = _leaves(copy, ours)
     size = b.shape[1] // scale.shape[1]
     rows, columns = copy.region
     for i, one in enumerate(scale.T):

@@ -71,11 +71,16 @@ def save_tensors(path: str | os.PathLike, tensors: Mapping[str, np.ndarray], met
     Raises:
       UserError: a path that can't be written.
     """
+    with beside(pathlib.Path(path), replace=True) as place:
+        write_tensors(place, tensors, metadata)
+
+
+def write_tensors(place: pathlib.Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
+    """As `save_tensors`, right at `place`, and on the disk when it returns."""
     entries = [Entry(key, tensor.dtype, tensor.shape) for key, tensor in tensors.items()]
     contents = (np.ascontiguousarray(tensor).reshape(-1).view(np.uint8) for tensor in tensors.values())
-    with beside(pathlib.Path(path), replace=True) as place:
-        _write_file(place, entries, contents, metadata)
-        sync([place])
+    _write_file(place, entries, contents, metadata)
+    sync([place])
 
 
 def _entries(config: Config, params: Any, name: str, dtype: Any) -> list[Entry]:

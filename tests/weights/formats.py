@@ -27,8 +27,8 @@ class Format:
     checks: tuple[tuple[str, str, str], ...]
 
 
-CONVERT, IDENTIFY, EXPORTS, LORA = (f"weights/test_{name}.py" for name in ("convert", "identify", "exports",
-                                                                            "lora_formats"))
+CONVERT, IDENTIFY, EXPORTS, LORA, CROSSING = (f"weights/test_{name}.py" for name in (
+    "convert", "identify", "exports", "lora_formats", "convert_lora"))
 SECTIONS = {
     "Transformer (FLUX.1-dev 64, FLUX.1-Fill-dev and ACE++ LoRA 384, ACE++ FFT 448 channels)": (
         Format("BFL and ACE++ file (`flux1-fill-dev.safetensors`)", "yes", "`--to bfl`", (
@@ -89,16 +89,19 @@ SECTIONS = {
     "LoRA": (
         Format("ComfyUI and kohya (`lora_unet_*`), split dims too", "yes", "`--to comfy`", (
             ("the sum of the same factors in every other format", LORA, "test_every_format_adds_the_same"),
-            ("itself, bit for bit", LORA, "test_comfy_comes_back_bit_for_bit"))),
+            ("itself, bit for bit", LORA, "test_comfy_comes_back_bit_for_bit"),
+            ("itself by way of diffusers, through the command", CROSSING, "test_comfy_to_diffusers_and_back"))),
         Format("PEFT and diffusers (`transformer.*.lora_A.weight`), a different A per projection too", "yes",
                "`--to diffusers`", (
             ("diffusers' own LoRA loader and velocity", LORA, "test_diffusers_loads_our_export"),
-            ("alpha in the metadata", LORA, "test_alpha_of_peft"))),
+            ("alpha in the metadata", LORA, "test_alpha_of_peft"),
+            ("what every module adds, from and to ComfyUI", CROSSING, "test_a_lossless_crossing_says_so"))),
         Format("BFL (`*.lora_A.weight` in BFL's names)", "yes", "no", (
             ("the sum of the same factors in every other format", LORA, "test_every_format_adds_the_same"),)),
         Format("swift and scepter (`*.lora_A.0_SwiftLoRA.weight`, `.bin` too)", "yes", "no", (
             ("the sum of the same factors in every other format", LORA, "test_every_format_adds_the_same"),
-            ("the same through a pickle", LORA, "test_swift_s_bin"))),
+            ("the same through a pickle", LORA, "test_swift_s_bin"),
+            ("the ComfyUI file of the same factors", CROSSING, "test_swift_to_comfy"))),
         Format("LoRA bias, DoRA, LyCORIS, norm scales, text encoders' LoRA", "refused by name", "no", (
             ("the message", LORA, "test_mistakes"),)))}
 

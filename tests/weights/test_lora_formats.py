@@ -17,6 +17,7 @@ from acejax.adapt import lora as adapt
 from acejax.weights import keymaps
 from acejax.weights.lora_formats import load_lora, save_lora
 from tests import judges, loras
+from tests.counts import count
 from tests.goldens import cases
 from tests.loras import ALPHA, CONFIG, HIDDEN, INPUTS, MODULES, RANK, velocity
 from tests.model.test_parity import difference
@@ -236,7 +237,7 @@ def refused(path, *parts):
     with pytest.raises(acejax.UserError) as error:
         load_lora(path, CONFIG)
     message = str(error.value)
-    assert "\n" not in message
+    assert "\n" not in message and len(message) < 1000
     assert message.startswith(f"{path}: ")
     for part in parts:
         assert part in message, message
@@ -300,6 +301,12 @@ MISTAKES = {  # what to change in a ComfyUI file (None: drop it), what the messa
     "convolution": ({A: ZEROS[..., None, None]}, "has shape (4, 64, 1, 1)"),
     "NaN": ({A: nan(DOWN)}, f"'{A}' has numbers that are not finite"),
     "infinity in half": ({B: nan(UP, np.inf).astype(ml_dtypes.bfloat16)}, f"'{B}' has numbers that are not finite"),
+    "too great for float32": ({B: nan(UP.astype(np.float64), 1e300)}, f"'{B}' has numbers that are not finite"),
+    "a long name": ({"x" * 100_000: ZEROS}, "'" + "x" * 189 + "...' is no LoRA"),
+    "a slow name": ({"norm" * 25_000: ZEROS}, "'normnorm"),
+    "lines in a name": ({"x\ny": ZEROS}, r"'x\ny' is no LoRA"),
+    "alpha is nearly 0": ({f"{QKV}.alpha": np.array(1e-60)}, f"alpha '{QKV}.alpha'", "is 1e-60; expected one finite"),
+    "alpha beyond float32": ({f"{QKV}.alpha": np.array(1e300)}, f"alpha '{QKV}.alpha'", "is 1e+300; expected one"),
     "alpha NaN": ({f"{QKV}.alpha": np.array(np.nan, np.float32)}, f"alpha '{QKV}.alpha'", "is nan"),
     "alpha is two": ({f"{QKV}.alpha": np.ones(2, np.float32)}, "expected one finite number"),
     "integers": ({A: np.ones((RANK, HIDDEN), np.int8)}, f"'{A}' is stored as I8; expected one of F64, F32"),
@@ -315,11 +322,31 @@ def test_mistakes(tmp_path, name):
 
 
 @pytest.mark.parametrize("fields, part", [
-    ("{", "is no JSON"), ("[]", "is list"), ('{"lora_alpha": "8"}', "is 8; expected one finite number"),
-    ('{"lora_alpha": NaN}', "is nan"), ('{"alpha_pattern": [1]}', "alpha_pattern in adapter_config.json is [1]"),
+    ("{", "is no JSON"), ("[]", "is list"), ('{"lora_alpha": "8"}', "is '8'; expected one finite number"),
+    ('{"lora_alpha": NaN}', "alpha 'lora_alpha' of 'double_blocks.0.img_attn.proj' is nan"),
+    ('{"lora_alpha": 1%s}' % ("0" * 400), "alpha 'lora_alpha' of 'double_blocks.0.img_attn.proj' is 1000"),
+    ('{"lora_alpha": 1%s}' % ("0" * 5000), "adapter_config.json is no JSON"),
+    ('{"alpha_pattern": {"lin": 1e-60}}', "alpha 'alpha_pattern' of 'double_blocks.0.img_mod.lin' is 1e-60"),
+    ('{"lora_alpha": true}', "is True; expected one finite number"),
+    ('{"alpha_pattern": {"%s": 1}}' % ("\\n" * 10_000), "expected numbers by module name"),
+    ("[" * 200_000, "adapter_config.json is no JSON"),
+    ('{"alpha_pattern": [1]}', "alpha_pattern in adapter_config.json is [1]"),
     ('{"alpha_pattern": {"(a+)+$": 1}}', "expected numbers by module name")])
 def test_wrong_adapter_config(tmp_path, fields, part):
     refused(write(tmp_path, FORMATS["swift"][0], adapter=fields), part)
+
+
+@pytest.mark.parametrize("text, part", [
+    ("[" * 200_000, "metadata 'lora_adapter_metadata' is no JSON"),
+    (json.dumps({"transformer.lora_alpha": 10**400}), "alpha 'lora_alpha' of")])
+def test_hostile_metadata(tmp_path, text, part):
+    refused(write(tmp_path, FORMATS["diffusers"][0], {"lora_adapter_metadata": text}), part)
+
+
+def test_a_folder_with_its_adapter_config(tmp_path):
+    tensors, _, adapter = FORMATS["swift"]
+    write(tmp_path, tensors, adapter=adapter)
+    assert (load_lora(tmp_path, CONFIG)["single_blocks"]["qkv"]["scale"] == ALPHA / RANK).all()
 
 
 def test_other_files(tmp_path):
@@ -337,10 +364,27 @@ def test_other_files(tmp_path):
     (lambda lora: save_lora("x", CONFIG, lora, "kohya"), "layout is 'kohya'; known: comfy, diffusers"),
     (lambda lora: save_lora("x", CONFIG, {"blocks": lora["double_blocks"]["img"]}), "lora has 'blocks/mlp_in'"),
     (lambda lora: save_lora("x", CONFIG, adapt.combine([(lora, 0.0)])), "holds nothing"),
+    (lambda lora: save_lora("x", CONFIG, lora, dtype=ml_dtypes.float8_e4m3fn), "dtype is float8_e4m3fn; a LoRA is"),
+    (lambda lora: save_lora("x", CONFIG, jax.tree.map(lambda leaf: leaf + 1e6, lora), dtype=np.float16),
+     r"lora_down.weight' has numbers up to 1e\+06, beyond F16"),
 ])
-def test_wrong_lora_to_save(act, message):
+def test_wrong_lora_to_save(tmp_path, monkeypatch, act, message):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=message):
         act(adapt.init(CONFIG, jax.random.key(0), RANK, targets="double_blocks/.*"))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("layout", ["comfy", "diffusers"])
+@pytest.mark.parametrize("rank", [1, 3, 6, 7])
+def test_alphas_of_any_size_come_back(tmp_path, layout, rank):
+    """What a file says of a rank comes back to the bit."""
+    for alpha in np.random.default_rng(rank).lognormal(sigma=20, size=count(20, 400)).astype(np.float32):
+        tensors = {A: DOWN[:1].repeat(rank, 0), B: UP[:, :1].repeat(rank, 1), f"{QKV}.alpha": np.array(alpha)}
+        lora = load_lora(write(tmp_path, tensors), CONFIG)
+        save_lora(tmp_path / "again.safetensors", CONFIG, lora, layout)
+        again = load_lora(tmp_path / "again.safetensors", CONFIG)["double_blocks"]["img"]["qkv"]["scale"]
+        assert (again == lora["double_blocks"]["img"]["qkv"]["scale"]).all(), alpha
 
 
 def test_the_names_are_public_and_the_whole_table_is_tried():

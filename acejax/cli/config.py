@@ -36,7 +36,7 @@ def parse_flags(command: str, argv: Sequence[str], define: Define) -> flags.Flag
         rest = values([command, *argv])[1:]
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError, SyntaxError) as error:
         unknown = isinstance(error, (KeyError, AttributeError))
-        text = f"no such config field: {str(error).strip(QUOTES)}" if unknown else str(error).strip()
+        text = f"no such config field: {str(error.args[0]).strip(QUOTES)}" if unknown else str(error).strip()
         raise UserError(f"{command}: {(text or type(error).__name__).splitlines()[0]}") from error
     if rest:
         hint = f"; write --config.{rest[0]}" if re.fullmatch(r"[\w.]+=.*", rest[0]) else ""

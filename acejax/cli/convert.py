@@ -61,7 +61,7 @@ def table(report: Report) -> str:
     more = f" and {len(report.files) - 1} more" if len(report.files) > 1 else ""
     lines = {
         "source": f"{report.source}: {report.model}, {report.found}",
-        "target": f"{report.files[0]}{more}: {report.written}",
+        "target": f"{report.files[0]}{more}: {report.written}{_prefixed(report)}",
         "used": f"{report.used} tensors, each exactly once; {len(report.twins)} repeat another",
         "not needed": _names(report.ignored),
         "left over": _names(report.left_over),
@@ -71,6 +71,10 @@ def table(report: Report) -> str:
         "NaN or Inf": _names(report.not_finite),
         "back again": f"{report.exact} of {report.used} tensors bit for bit"}
     return "\n".join(f"{name:<11} {text}" for name, text in lines.items())
+
+
+def _prefixed(report: Report) -> str:
+    return f", under {COMFY}" if report.rows[0].key.startswith(COMFY) else ""
 
 
 def _names(keys: tuple[str, ...]) -> str:

@@ -52,7 +52,9 @@ def main(argv: list[str] | None = None) -> int:
         extra = _EXTRAS.get(error.name.partition(".")[0]) if error.name else None
         if extra is None:
             raise
-        print(f"acejax: {argv[0]} needs {error.name}; install it with: pip install 'acejax[{extra}]'", file=sys.stderr)
+        extra = "demo" if argv[0] == "demo" else extra
+        print(f"acejax: {argv[0]} needs {error.name}; install it with: pip install 'acejax[{extra}]', in a checkout "
+              f"pip install '.[{extra}]'", file=sys.stderr)
         return 2
 
 

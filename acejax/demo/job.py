@@ -57,6 +57,7 @@ def prepare(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> tuple
     """
     check(config)
     claim(workdir, config.to_dict(), loop.FREE)
+    print("writing the pictures, fitting the autoencoder, encoding ...", flush=True)
     folder = dataset.build(epath.Path(workdir) / "data", {
         "train": lambda: _records(config.data.samples, config.seed, "train"),
         "test": lambda: _records(config.evaluate.samples, TEST_SEED, "test"),
@@ -81,6 +82,7 @@ def run(config: ml_collections.ConfigDict, workdir: epath.PathLike, setup_second
 
     state, spent = loop.train(config, workdir, stream)
     seconds |= spent
+    print("editing the test photo ...", flush=True)
     started = time.time()
     note = {"command": f"acejax demo --config.seed={config.seed} --config.steps={config.steps}",
             "train_seconds": round(seconds["train"], 1)}

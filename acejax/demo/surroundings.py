@@ -73,6 +73,9 @@ def _to_patches(pictures):
     return x.reshape(batch, height // CELL, width // CELL, CELL * CELL * channels)
 
 
+_PUNCTUATION = str.maketrans(dict.fromkeys(",.!?;:", " "))
+
+
 def _vector(word: str) -> np.ndarray:
     seed = int.from_bytes(hashlib.sha256(word.encode()).digest()[:8], "little")
     return np.random.default_rng(seed).standard_normal(TEXT_WIDTH).astype(np.float32)
@@ -88,7 +91,7 @@ def encode_prompts(prompts: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
     Raises:
       UserError: a word that the small weights do not know, or too many words.
     """
-    words = [prompt.lower().replace(",", " ").split() for prompt in prompts]
+    words = [prompt.lower().translate(_PUNCTUATION).split() for prompt in prompts]
     for line in words:
         unknown = [word for word in line if word not in _TABLE]
         if unknown:

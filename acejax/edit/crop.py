@@ -1,7 +1,6 @@
 """Crop and stitch: work at the model's size around the mask, then put the result back into the picture."""
 
 import dataclasses
-import math
 
 import numpy as np
 from PIL import Image, ImageFilter
@@ -19,8 +18,9 @@ class Crop:
 def around(mask: np.ndarray, share: float) -> Crop:
     """The window in whose middle the mask's bounding box takes `share` of the side; mask [h, w], > 127 = inside.
 
-    It is moved inside the picture where it fits, so that the model sees real surroundings, by whole eighths of its
-    side, so that the box stays on the latent grid of a 64-pixel model.
+    It is moved towards the inside of the picture where it fits, so that the model sees real surroundings, by whole
+    eighths of its side, so that the box stays on the latent grid of a 64-pixel model; less than an eighth may be left
+    outside. It always holds the whole mask.
     """
     rows, columns = (np.flatnonzero((mask > 127).any(axis)) for axis in (1, 0))
     height, width = rows[-1] - rows[0] + 1, columns[-1] - columns[0] + 1
@@ -30,8 +30,8 @@ def around(mask: np.ndarray, share: float) -> Crop:
         start, cell = low + extent / 2 - side / 2, side / 8
         if side > limit:
             return (limit - side) // 2
-        start += math.ceil(max(0, -start) / cell) * cell - math.ceil(max(0, start + side - limit) / cell) * cell
-        return max(0, min(round(start), limit - side))
+        start += max(0, -start) // cell * cell - max(0, start + side - limit) // cell * cell
+        return int(min(max(round(start), low + extent - side), low))
 
     return Crop(place(rows[0], height, mask.shape[0]), place(columns[0], width, mask.shape[1]), side)
 

@@ -4,7 +4,7 @@ import io
 
 import numpy as np
 from etils import epath
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from acejax.errors import UserError
 
@@ -78,7 +78,8 @@ def _open(path: epath.PathLike) -> Image.Image:
         image = ImageOps.exif_transpose(Image.open(io.BytesIO(path.read_bytes())))
         image.load()
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"picture {path} cannot be read: {error}") from error
+        why = "not a picture that Pillow knows" if isinstance(error, UnidentifiedImageError) else error
+        raise UserError(f"picture {path} cannot be read: {why}") from error
     if image.mode.startswith("I"):  # 16 bits; Pillow would clip them at 255
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     return image

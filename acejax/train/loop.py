@@ -132,6 +132,7 @@ def _compile(state: Any, stream: Stream, start: int, stop: int, put, placement, 
     step = jax.jit(functools.partial(train_step, setting=setting, optimizer=optimizer), donate_argnums=0,
                    out_shardings=(placement, None))
     examples = stream.examples(start, stop)
+    print(f"compiling the training step for {len(examples)} canvas sizes ...", flush=True)
     with concurrent.futures.ThreadPoolExecutor() as pool:
         lowered = {bucket: step.lower(state, put(batch)) for bucket, batch in examples.items()}
         return dict(zip(lowered, pool.map(lambda low: low.compile(), lowered.values()), strict=True))

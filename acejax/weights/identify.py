@@ -133,6 +133,8 @@ def _detect(source: Source, kinds: Iterable[type],
             wanted.append(f"{layout.key(layout.marker).format(i=0)!r} ({name}, {KINDS[kind][0]})")
     keys = sorted(source.tensors)
     _refuse_quantised(source.path, keys)
+    if any(re.search(r"\blora_(A|B|down|up)\b", key) for key in keys):
+        raise UserError(f"{source.path}: found a LoRA; expected a model (acejax.load_lora reads this file)")
     some = ", ".join(shown(key)[1:-1] for key in keys[:3]) or "no tensors"
     names = " or ".join(KINDS[kind][0] for kind in kinds)
     raise UserError(f"{source.path}: not a {names}: expected {' or '.join(wanted)}, alone or after a prefix; found "

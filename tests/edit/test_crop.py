@@ -26,6 +26,20 @@ def test_the_window_is_moved_inside_the_picture(box, expected):
     assert around(mask_of((400, 600), *box), 0.5) == expected
 
 
+def test_the_window_holds_the_whole_mask_wherever_it_is():
+    rng = np.random.default_rng(1)
+    for _ in range(2000):
+        size = tuple(rng.integers(1, 200, 2))
+        (top, bottom), (left, right) = (sorted(rng.choice(limit + 1, 2, replace=False)) for limit in size)
+        if rng.random() < 0.5:  # at an edge
+            bottom, right = size
+        window = around(mask_of(size, top, left, bottom, right), rng.choice([0.3, 0.5, 0.75, 1.0]))
+        for low, high, start, limit in ((top, bottom, window.top, size[0]), (left, right, window.left, size[1])):
+            assert start <= low and high <= start + window.side
+            if window.side <= limit:  # less than an eighth looks beyond the picture
+                assert -window.side / 8 <= start + 1 and start + window.side <= limit + window.side / 8 + 1
+
+
 @pytest.mark.parametrize("size", [(1, 1), (7, 300), (64, 64), (333, 20), (500, 777)])
 def test_any_size_is_cut_and_put_back_exactly_outside_the_mask(size):
     image = picture(*size)

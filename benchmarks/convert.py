@@ -10,6 +10,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import shutil
 import statistics
 import subprocess
@@ -115,13 +116,24 @@ def _timed(command: list[str], result: pathlib.Path | None = None) -> tuple[floa
         result.unlink(missing_ok=True)
     os.sync()
     started = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
+    process, peak = subprocess.Popen(command, stdout=subprocess.DEVNULL), 0
+    while process.poll() is None:  # what wait4 tells would count this process's own memory, from before the exec
+        peak = max(peak, _peak(process.pid))
+        time.sleep(0.02)
     if result:
         save.sync([result])
     seconds = time.perf_counter() - started
-    if status:
-        raise UserError(f"{' '.join(command[:3])} failed with status {os.waitstatus_to_exitcode(status)}")
+    if process.returncode:
+        raise UserError(f"{' '.join(command[:3])} failed with status {process.returncode}")
     if result:
         result.unlink()
-    return seconds, usage.ru_maxrss * 1024
+    return seconds, peak
+
+
+def _peak(pid: int) -> int:
+    """The greatest resident memory of a process so far, in bytes; 0 where it has just ended."""
+    try:
+        found = re.search(r"VmHWM:\s+(\d+)", pathlib.Path(f"/proc/{pid}/status").read_text())
+    except OSError:
+        return 0
+    return 1024 * int(found[1]) if found else 0

@@ -11,3 +11,5 @@ _CACHE = pathlib.Path(__file__).parents[1] / ".cache" / "jax"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+# Tests compile many programs and run each a few times: LLVM need not try hard. A test may set its own.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")

@@ -5,10 +5,13 @@ import shutil
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
-from acejax import UserError
+import acejax
+from acejax import UserError, checkpoint
+from acejax.cli import convert
 from acejax.train.loop import train
 from tests.train.small import STEPS, losses, make_config, make_stream
 
@@ -21,6 +24,16 @@ def whole_run(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("whole")
     train(make_config(), workdir, make_stream())
     return workdir
+
+
+def test_a_run_is_exported(whole_run, tmp_path):
+    """`acejax convert WORKDIR`: the last checkpoint's parameters, without the optimizer's state."""
+    assert convert.main([str(whole_run), str(tmp_path / "out.safetensors"), "--to", "bfl"]) == 0
+    model = acejax.MMDiTConfig(**make_config().model)
+    _, loaded = acejax.load_mmdit(tmp_path / "out.safetensors", model)
+    _, stored = checkpoint.load_weights(whole_run)
+    jax.tree.map(np.testing.assert_array_equal, loaded, stored)
+    assert any(np.asarray(leaf).any() for leaf in jax.tree.leaves(loaded["final_layer"]))  # it starts at zero
 
 
 def test_losses_fall_and_parts_are_reported(whole_run):

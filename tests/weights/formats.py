@@ -85,7 +85,7 @@ SECTIONS = {
             ("the tensors; code in the file is not run", CONVERT, "test_pickles_are_read_without_running_them"),)),
         Format("Orbax folder, or a training run's workdir", "by `acejax convert`", "`--to orbax`", (
             ("the file, bit for bit", CONVERT, "test_orbax_and_back"),
-            ("the run's parameters", CONVERT, "test_a_training_run_is_exported")))),
+            ("the run's parameters", "train/test_loop.py", "test_a_run_is_exported")))),
     "LoRA": (
         Format("ComfyUI and kohya (`lora_unet_*`), split dims too", "yes", "`--to comfy`", (
             ("the sum of the same factors in every other format", LORA, "test_every_format_adds_the_same"),

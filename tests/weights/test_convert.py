@@ -6,7 +6,6 @@ import shutil
 import time
 import tracemalloc
 
-import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -15,11 +14,9 @@ from safetensors.numpy import load_file, save_file
 
 import acejax
 from acejax.cli import convert as command
-from acejax.train.loop import train
 from acejax.weights import convert, keymaps, save
 from acejax.weights.identify import open_model
 from tests.counts import count
-from tests.train.small import make_config, make_stream
 from tests.weights import mutations
 from tests.weights.models import CLIP, MMDIT, SMALL, T5, VAE, first, params, state
 
@@ -110,15 +107,6 @@ def test_orbax_and_back(written, tmp_path):
     assert report["exact"] == report["used"] == len(load_file(source)) and report["written"] == "orbax"
     assert run(tmp_path / "orbax", tmp_path / "back.safetensors", "--to", "bfl") == 0
     same(source, tmp_path / "back.safetensors")
-
-
-def test_a_training_run_is_exported(tmp_path):
-    """A workdir is a source: its last checkpoint's parameters, without the optimizer's state."""
-    config = make_config()
-    state, _ = train(config, tmp_path / "run", make_stream(), until=2)
-    assert run(tmp_path / "run", tmp_path / "out.safetensors", "--to", "bfl") == 0
-    _, loaded = acejax.load_mmdit(tmp_path / "out.safetensors", acejax.MMDiTConfig(**config.model))
-    jax.tree.map(np.testing.assert_array_equal, loaded, state.params)
 
 
 def test_orbax_that_does_not_fit_is_refused_with_the_figure(written, tmp_path, monkeypatch):

@@ -120,6 +120,10 @@ def _t5(shapes: Shapes) -> T5Config:
     xxl = T5Config()
     vocab, width = shapes.of("token_embedding/embedding")
     buckets, heads = shapes.of("relative_bias/embedding")
+    wanted = shapes.untold("relative_attention_num_buckets", xxl.relative_attention_num_buckets)
+    if buckets != wanted:
+        raise UserError(f"{shapes.key('relative_bias/embedding')!r} has shape {(buckets, heads)}; expected T5's "
+                        f"{wanted} buckets and a column for each head{OTHERWISE}")
     inner = shapes.of("blocks/proj/kernel")[1]
     if inner % heads:
         raise UserError(f"{shapes.key('blocks/proj/kernel')!r} reads {inner} features; expected a multiple of the "

@@ -286,8 +286,8 @@ def _come_back(model: Model, back: Model, plan: list[_Job], progress: Progress) 
     """
     met = layout.meet(keymaps.plan_for(model.config, back.layout), keymaps.plan_for(model.config, model.layout))
     written = {key: job.dtype for key, job in zip(keymaps.expected(model.config, back.layout), plan, strict=True)}
-    exact = 0
-    for key, pieces in met.items():
+
+    def comes_back(key: str, pieces: list[Piece]) -> bool:
         same = True
         for piece in pieces:
             for there, here in zip(chunks(_rows(back.tensors[piece.source], piece.taken)),
@@ -299,5 +299,7 @@ def _come_back(model: Model, back: Model, plan: list[_Job], progress: Progress) 
                                         "the disk sound?")
                     same = same and same_bits(here, there.astype(here.dtype))
                 progress(here.nbytes)
-        exact += same
-    return exact
+        return same
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        return sum(pool.map(comes_back, met, met.values()))

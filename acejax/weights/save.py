@@ -1,13 +1,16 @@
 """Write models as safetensors that other programs read; what is written appears whole or not at all."""
 
+import concurrent.futures
 import contextlib
 import dataclasses
+import errno
+import io
 import json
 import math
 import os
 import pathlib
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,7 +23,9 @@ from acejax.weights.keymaps import Config
 from acejax.weights.source import NAMES, Stored, exists
 
 SHARD = 10 * 10**9  # bytes of one file in a folder, as diffusers cuts
-BLOCK = 2**18  # bytes
+BLOCK = 2**24  # bytes copied at once
+FLUSH = 2**28  # bytes after which the disk is set to work
+_NO_KERNEL_COPY = (errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM)
 METADATA = {"format": "pt"}  # transformers refuses files without a format
 
 
@@ -170,28 +175,66 @@ def _write_file(path: pathlib.Path, entries: Sequence[Entry], contents: Iterator
         end += entry.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb", buffering=0) as file:
+    with path.open("wb", buffering=0) as file, _flushing(file) as flush:
         file.write(len(text).to_bytes(8, "little") + text)
         while end:
             part = next(contents)
             end -= part.nbytes
-            for block in _blocks(part) if isinstance(part, Stored) else [memoryview(part)]:
+            if isinstance(part, Stored):
+                _copy(part, file)
+            else:
+                block = memoryview(part)
                 while block:  # a raw write may take less than it is given
                     block = block[file.write(block):]
+            flush(part.nbytes)
 
 
-def _blocks(stored: Stored) -> Iterator[memoryview]:
-    """The bytes of a tensor on disk, in blocks small enough to be still in the processor's cache when written."""
-    buffer = memoryview(bytearray(min(BLOCK, stored.nbytes)))
-    with stored.path.open("rb", buffering=0) as file:
-        file.seek(stored.start)
-        left = stored.nbytes
-        while left:
-            count = file.readinto(buffer[:left])
+@contextlib.contextmanager
+def _flushing(file: io.FileIO) -> Iterator[Callable[[int], None]]:
+    """To be told of bytes written: the disk gets them from time to time, while the next ones are made."""
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        pending, waiting = pool.submit(int), 0
+
+        def flush(count: int) -> None:
+            nonlocal pending, waiting
+            waiting += count
+            if waiting >= FLUSH and pending.done():
+                pending, waiting = pool.submit(os.fsync, file.fileno()), 0
+
+        yield flush
+        pending.result()
+
+
+def _copy(stored: Stored, file: io.FileIO) -> None:
+    """The bytes of a tensor on disk to the end of a file, inside the kernel where it can."""
+    with stored.path.open("rb", buffering=0) as source:
+        done, copy = 0, _in_kernel
+        while done < stored.nbytes:
+            try:
+                count = copy(source, file, stored.start + done, min(BLOCK, stored.nbytes - done))
+            except OSError as error:
+                if copy is _through_memory or error.errno not in _NO_KERNEL_COPY:
+                    raise
+                copy = _through_memory  # file systems that know no such copy, or not between the two
+                continue
             if not count:
                 raise UserError(f"{stored.path}: became shorter while it was read")
-            yield buffer[:count]
-            left -= count
+            done += count
+
+
+def _in_kernel(source: io.FileIO, file: io.FileIO, start: int, count: int) -> int:
+    if not hasattr(os, "copy_file_range"):  # Linux alone has it
+        raise OSError(errno.ENOSYS, "no copy_file_range")
+    return os.copy_file_range(source.fileno(), file.fileno(), count, start)
+
+
+def _through_memory(source: io.FileIO, file: io.FileIO, start: int, count: int) -> int:
+    source.seek(start)
+    block = memoryview(source.read(count))
+    written = 0
+    while written < len(block):
+        written += file.write(block[written:])
+    return written
 
 
 def sync(files: Iterable[pathlib.Path]) -> None:

@@ -7,35 +7,37 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
-from acejax.data.canvas import TOKEN, Canvas, compose
+from acejax.data import canvas, latents
+from acejax.data.canvas import Canvas
+from acejax.data.latents import EncodePictures
+from acejax.data.layout import TOKEN, CanvasConfig, lay
 
 Features = dict[str, np.ndarray]
-EncodePictures = Callable[[np.ndarray], np.ndarray]
 EncodePrompts = Callable[[Sequence[str]], tuple[np.ndarray, np.ndarray]]
 
 
 def canvas_of(record: Mapping, scales: Mapping[str, float]) -> Canvas:
     """The training canvas of a record of `acejax.data.dataset`; `scales` is the repainting scale of each task."""
-    return compose(record["target"].shape[:2], record["image"], record["mask"], record["references"],
-                   record["target"], scales.get(record["task"], 1.0))
+    config = CanvasConfig(scale=1.0, scales=scales, reference_height=(1.0, 1.0))
+    references = [reference.shape[:2] for reference in record["references"]]
+    layout = lay(config, record["target"].shape[:2], references, [1.0] * len(references))
+    return canvas.training(config, layout, record["task"], record["target"], record["image"], record["mask"],
+                           record["references"])
 
 
 def encode(canvases: Sequence[Canvas], prompts: Sequence[str], encode_pictures: EncodePictures,
            encode_prompts: EncodePrompts) -> Features:
     """Canvases of one size -> arrays.
 
-    `edit`, `modify`, `target` latents [N, h, w, 16] float32 (`target` only where the canvases have one), `mask`
-    [N, 8h, 8w, 1] uint8 of 0 and 1, `unit` [N, w / 2] int8 (the unit of each token column: 0, 1, ... for references,
-    -1 for the target), `text` [N, T, D] and `pooled` [N, P].
+    `edit`, `modify`, `target` latents [N, h, w, 16] float32, `mask` [N, 8h, 8w, 1] uint8 of 0 and 1, `unit`
+    [N, w / 2] int8 (the unit of each token column: 0, 1, ... for references, -1 for the target), `text` [N, T, D] and
+    `pooled` [N, P].
     """
     text, pooled = encode_prompts(prompts)
-    features = {"text": np.asarray(text), "pooled": np.asarray(pooled),
-                "mask": np.stack([canvas.mask for canvas in canvases]).astype(np.uint8),
-                "unit": np.stack([_units(canvas.widths) for canvas in canvases])}
-    for field in ("edit", "modify", "target"):
-        if getattr(canvases[0], field) is not None:
-            features[field] = np.asarray(encode_pictures(np.stack([getattr(canvas, field) for canvas in canvases])))
-    return features
+    features = latents.encode(canvases, encode_pictures)
+    return features | {"text": np.asarray(text), "pooled": np.asarray(pooled),
+                       "mask": features["mask"].astype(np.uint8),
+                       "unit": np.stack([_units(canvas.widths) for canvas in canvases])}
 
 
 def tabulate(records: Iterable[Mapping], scales: Mapping[str, float], encode_pictures: EncodePictures,

@@ -1,17 +1,19 @@
-"""The one place where pictures become a canvas: references, then the target, side by side (paper section 3).
+"""The one place where pictures become model input, for training and for editing: references, then the target.
 
-Pictures are [h, w, 3] and masks [h, w] uint8 (255 = generate); canvases are float32, pictures in [-1, 1] with 0 = grey
-and masks [h, w, 1] in [0, 1]. Source: ACE_plus `modules/ace_plus_dataset.py`.
+A canvas is kept as bytes; `contents` makes the numbers that the autoencoder sees, [-1, 1] with 0 = grey. Pictures are
+[h, w, 3] and masks [h, w] uint8 (255 = generate). Sources: ACE_plus `modules/ace_plus_dataset.py` (training) and
+`inference/utils.py` (editing); `acejax.data.released` is what they do, this is what they should.
 """
 
 import dataclasses
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
+from acejax.data import released, resize
+from acejax.data.layout import CanvasConfig, Layout, Size, lay, visible
 from acejax.errors import UserError
-
-TOKEN = 16  # pixels along one side of a token
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,55 +21,113 @@ class Canvas:
     """One sample, units side by side.
 
     Attributes:
-      edit: [h, W, 3] what is kept: the references, and the picture outside its mask.
-      modify: [h, W, 3] what is to be changed: the picture inside its mask, times 1 - repainting scale.
-      mask: [h, W, 1], 1 = generate.
-      target: [h, W, 3] references and target, or None when editing.
-      widths: width of each unit in pixels, the target last.
+      source: [h, W, 3] the references and the picture to edit (uint8; float32 of 0 to 255 where parity asks for it).
+      present: [h, W] bool, where the source shows a picture; elsewhere it counts as grey.
+      mask: [h, W] uint8, 255 = generate.
+      target: [h, W, 3] the references and the target, or None when editing.
+      widths: of the units in pixels, the target last.
+      scale: repainting scale, how much of the source inside the mask is hidden (1 = all).
+      split: whether what is to be changed stands apart from what is kept.
+      joined: whether the canvas is encoded as one picture (parity), and not unit by unit.
     """
 
-    edit: np.ndarray
-    modify: np.ndarray
+    source: np.ndarray
+    present: np.ndarray
     mask: np.ndarray
     target: np.ndarray | None
     widths: tuple[int, ...]
+    scale: float
+    split: bool
+    joined: bool = False
 
 
-def compose(size: tuple[int, int], image: np.ndarray | None = None, mask: np.ndarray | None = None,
-            references: Sequence[np.ndarray] = (), target: np.ndarray | None = None, scale: float = 1.0) -> Canvas:
-    """Lay references and the picture to edit on one canvas.
+class Contents(NamedTuple):
+    """What is encoded, float32 [h, W, 3] in [-1, 1]; `modify` only where split, `target` only in training.
+
+    `edit` is what is kept, `modify` what is to be changed; `mask` [h, W, 1] is in [0, 1].
+    """
+
+    edit: np.ndarray
+    modify: np.ndarray | None
+    mask: np.ndarray
+    target: np.ndarray | None
+
+
+def training(config: CanvasConfig, layout: Layout, task: str, target: np.ndarray, image: np.ndarray | None = None,
+             mask: np.ndarray | None = None, references: Sequence[np.ndarray] = ()) -> Canvas:
+    """The canvas of a sample whose `layout` comes from the pictures' sizes.
+
+    The pictures may be decoded smaller than their files say (not with parity). Without an image everything is
+    generated from grey, and a mask is discarded; an image without a mask, or with an empty one, is changed everywhere.
+    """
+    scale = config.scale_of(task, len(references))
+    if config.parity:
+        parts = released.training(layout, scale, target, image, mask, references)
+        return Canvas(*parts, layout.widths, scale, config.split, joined=True)
+    size = layout.height, layout.target_width
+    canvas = _compose(config, layout, image, mask, references, scale)
+    shown = canvas.source.copy()
+    shown[:, -size[1]:] = resize.antialiased(target, size, visible(target.shape[:2]))
+    return dataclasses.replace(canvas, target=shown)
+
+
+def editing(config: CanvasConfig, image: np.ndarray | None = None, mask: np.ndarray | None = None,
+            references: Sequence[np.ndarray] = (), size: Size | None = None, scale: float = 1.0) -> Canvas:
+    """The canvas of an edit.
 
     Args:
-      size: height and width of the target unit, multiples of 16; every unit has this height.
-      image: the picture to edit, or None (grey, everything is generated).
-      mask: where to generate, or None for everywhere; binarised at half.
-      references: pictures of the same height, widths multiples of 16.
-      target: the wanted picture, in training.
-      scale: repainting scale: how much of the picture inside the mask is hidden from the model (1 = all).
+      image: the picture to edit, or None (grey; everything is generated).
+      mask: of the image's size, where to generate, binarised at half; None or empty is everywhere.
+      references: pictures of any size.
+      size: height and width of the result where there is no image.
+      scale: repainting scale.
 
     Raises:
-      UserError: a picture of another size, or sizes that are no multiples of 16.
+      UserError: neither image nor size, both and different, or a mask of another size than its image.
     """
-    _check("target", (*size, 3), size)
-    for name, array in (("picture", image), ("mask", mask), ("target", target)):
-        if array is not None:
-            _check(name, array.shape, size)
-    for number, reference in enumerate(references, 1):
-        _check(f"reference {number}", reference.shape, (size[0], reference.shape[1]))
-    generate = np.ones((*size, 1), np.float32) if image is None or mask is None else (
-        mask[..., None] > 127).astype(np.float32)
-    content = np.zeros((*size, 3), np.float32) if image is None else normalize(image) * (1 - scale * generate)
-    shown = [normalize(reference) for reference in references]
-    none = [np.zeros_like(reference) for reference in shown]
-    return Canvas(edit=_beside([*shown, content * (1 - generate)]),
-                  modify=_beside([*none, content * generate]),
-                  mask=_beside([*(blank[..., :1] for blank in none), generate]),
-                  target=None if target is None else _beside([*shown, normalize(target)]),
-                  widths=(*(reference.shape[1] for reference in references), size[1]))
+    if image is None and size is None or image is not None and size not in (None, image.shape[:2]):
+        raise UserError(f"found {'no' if image is None else 'a'} picture to edit and size {size}; expected one of them")
+    size = image.shape[:2] if size is None else size
+    if image is not None and mask is not None and mask.shape != size:
+        raise UserError(f"the mask is {mask.shape[0]} x {mask.shape[1]} pixels (height x width); its picture is "
+                        f"{size[0]} x {size[1]}")
+    if config.parity:
+        *parts, widths = released.editing(config, image, mask, references, size, scale)
+        return Canvas(*parts, None, widths, scale, config.split, joined=True)
+    least = config.reference_height[0]
+    shares = [min(config.editing_height, max(least, visible(reference.shape[:2])[2] / visible(size)[2]))
+              for reference in references]
+    layout = lay(config, size, [reference.shape[:2] for reference in references], shares)
+    return _compose(config, layout, image, mask, references, scale)
+
+
+def contents(canvas: Canvas) -> Contents:
+    """What the autoencoder sees."""
+    mask = canvas.mask[..., None].astype(np.float32) / 255
+    source = normalize(canvas.source) * canvas.present[..., None]
+    content = source * (1 - canvas.scale * mask)
+    target = None
+    if canvas.target is not None:
+        shown = canvas.present.copy()
+        shown[:, -canvas.widths[-1]:] = True
+        target = normalize(canvas.target) * shown[..., None]
+    if not canvas.split:
+        return Contents(content, None, mask, target)
+    return Contents(content * (1 - mask), content * mask, mask, target)
+
+
+def restore(result: np.ndarray, size: Size) -> tuple[np.ndarray, tuple[int, int, int, int]]:
+    """A target unit [h, w, 3] uint8 at the scale of the picture of `size` that it was made from.
+
+    Returns:
+      It, and where it lies in that picture: (top, left, height, width), everything unless the picture is beyond 4:1.
+    """
+    box = visible(size)
+    return resize.antialiased(result, box[2:]), box
 
 
 def normalize(picture: np.ndarray) -> np.ndarray:
-    """uint8 [0, 255] -> float32 [-1, 1]."""
+    """[0, 255] -> float32 [-1, 1]."""
     return picture.astype(np.float32) / 127.5 - 1
 
 
@@ -76,11 +136,24 @@ def denormalize(picture: np.ndarray) -> np.ndarray:
     return np.rint(np.clip((np.asarray(picture, np.float32) + 1) * 127.5, 0, 255)).astype(np.uint8)
 
 
-def _beside(units: list[np.ndarray]) -> np.ndarray:
-    return np.concatenate(units, axis=1)
-
-
-def _check(name: str, shape: tuple[int, ...], size: tuple[int, int]) -> None:
-    if tuple(shape[:2]) != tuple(size) or size[0] % TOKEN or size[1] % TOKEN:
-        raise UserError(f"{name} is {shape[0]} x {shape[1]} pixels (height x width); expected {size[0]} x {size[1]}, "
-                        f"multiples of {TOKEN}")
+def _compose(config: CanvasConfig, layout: Layout, image: np.ndarray | None, mask: np.ndarray | None,
+             references: Sequence[np.ndarray], scale: float) -> Canvas:
+    height, width = layout.height, sum(layout.widths)
+    source = np.zeros((height, width, 3), np.uint8)
+    present = np.zeros((height, width), bool)
+    generate = np.zeros((height, width), np.uint8)
+    left = 0
+    for reference, unit, content in zip(references, layout.widths, layout.contents, strict=False):
+        top = (height - content) // 2
+        place = np.s_[top:top + content, left:left + unit]
+        source[place] = resize.antialiased(reference, (content, unit), visible(reference.shape[:2]))
+        present[place] = True
+        left += unit
+    generate[:, left:] = 255
+    if image is not None:
+        size = height, layout.target_width
+        source[:, left:] = resize.antialiased(image, size, visible(image.shape[:2]))
+        present[:, left:] = True
+        if mask is not None and (seen := resize.mask(mask, size, visible(mask.shape[:2]))).any():
+            generate[:, left:] = seen
+    return Canvas(source, present, generate, None, layout.widths, scale, config.split)

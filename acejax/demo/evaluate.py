@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from acejax.data.cache import canvas_of
+from acejax.data.canvas import Canvas, editing
+from acejax.data.layout import CanvasConfig
 from acejax.demo.pictures import REPAINTING, TASKS, Thing
 from acejax.demo.scores import color_of, psnr_box, shape_of
 from acejax.edit.editor import Editor
@@ -27,8 +28,7 @@ def edit(editor: Editor, records: Sequence[Record], seed: int) -> list[np.ndarra
     for start in range(0, len(records), BATCH):
         part = list(records[start:start + BATCH])
         full = part + part[:1] * (BATCH - len(part)) if start else part  # one compiled shape
-        results = editor.generate([canvas_of(r | {"target": np.zeros_like(r["target"])}, REPAINTING) for r in full],
-                                  [r["prompt"] for r in full], seed + start)
+        results = editor.generate([_canvas(record) for record in full], [r["prompt"] for r in full], seed + start)
         answers += [_stitch(result, record) for result, record in zip(results, part, strict=False)]
     return answers
 
@@ -89,6 +89,11 @@ def missed(report: Mapping[str, Any]) -> list[str]:
 def things(record: Record) -> tuple[Thing, ...]:
     """The symbols that a record's target shows."""
     return tuple(Thing(shape, color, tuple(box)) for shape, color, box in json.loads(record["detail"]))
+
+
+def _canvas(record: Record) -> Canvas:
+    return editing(CanvasConfig(editing_height=1.0), record["image"], record["mask"], record["references"],
+                   record["target"].shape[:2], REPAINTING.get(record["task"], 1.0))
 
 
 def _inside(record: Record) -> np.ndarray:

@@ -9,8 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from acejax import flow, lcu
-from acejax.data.cache import EncodePictures, EncodePrompts, encode
-from acejax.data.canvas import Canvas, compose, denormalize
+from acejax.data import latents
+from acejax.data.cache import EncodePrompts
+from acejax.data.canvas import Canvas, denormalize, editing
+from acejax.data.latents import EncodePictures
+from acejax.data.layout import CanvasConfig
 from acejax.model.config import Execution, MMDiTConfig
 from acejax.model.mmdit import Tokens, apply
 
@@ -32,7 +35,7 @@ class Editor:
                  decode_latents: Callable[[jax.Array], jax.Array], encode_prompts: EncodePrompts, *, steps: int = 16,
                  guidance: float = 1.0, execution: Execution = Execution()):
         self._params = params
-        self._encode = functools.partial(encode, encode_pictures=encode_pictures, encode_prompts=encode_prompts)
+        self._encode_pictures, self._encode_prompts = encode_pictures, encode_prompts
         self._decode = decode_latents
         self._sample = jax.jit(functools.partial(_sample, config, execution, steps, guidance))
 
@@ -41,9 +44,10 @@ class Editor:
 
         A sample's noise depends on the seed and its place in the list.
         """
-        features = {name: jnp.asarray(value) for name, value in self._encode(canvases, prompts).items()}
-        latents = self._sample(self._params, features, jax.random.key(seed))
-        target = latents[:, :, -(canvases[0].widths[-1] // lcu.CELL):]
+        text, pooled = self._encode_prompts(prompts)
+        features = latents.encode(canvases, self._encode_pictures) | {"text": text, "pooled": pooled}
+        sampled = self._sample(self._params, jax.tree.map(jnp.asarray, features), jax.random.key(seed))
+        target = sampled[:, :, -(canvases[0].widths[-1] // lcu.CELL):]
         return list(denormalize(self._decode(target)))
 
     def __call__(self, prompt: str, image: np.ndarray | None = None, mask: np.ndarray | None = None,
@@ -52,10 +56,10 @@ class Editor:
         """One edit at the model's own size; outside the mask the picture is the input's.
 
         Args:
-          image, mask, references, scale: as `acejax.data.canvas.compose`.
+          image, mask, references, scale: as `acejax.data.canvas.editing`; sides of the image are multiples of 16.
           size: height and width of the result where there is no image.
         """
-        canvas = compose(size if image is None else image.shape[:2], image, mask, references, scale=scale)
+        canvas = editing(CanvasConfig(editing_height=1.0), image, mask, references, size, scale)
         (result,) = self.generate([canvas], [prompt], seed)
         return result if image is None or mask is None else np.where(mask[..., None] > 127, result, image)
 

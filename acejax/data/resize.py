@@ -1,0 +1,34 @@
+"""Two ways of resizing: antialiased for what is looked at, and the released code's nearest-exact for parity."""
+
+import numpy as np
+from PIL import Image
+
+Box = tuple[int, int, int, int]
+
+
+def antialiased(picture: np.ndarray, size: tuple[int, int], box: Box | None = None) -> np.ndarray:
+    """A picture [h, w, 3] uint8, or its part (top, left, height, width), at `size` (height, width); bicubic."""
+    return _resize(picture, size, box, Image.Resampling.BICUBIC)
+
+
+def mask(picture: np.ndarray, size: tuple[int, int], box: Box | None = None) -> np.ndarray:
+    """As `antialiased` for a mask [h, w]; 255 where half of a pixel or more is white, else 0."""
+    return np.where(_resize(picture, size, box, Image.Resampling.BOX) > 127, 255, 0).astype(np.uint8)
+
+
+def nearest_exact(length: int, wanted: int) -> np.ndarray:
+    """Index of the source pixel of each of `wanted` pixels; torch's "nearest-exact"."""
+    return np.minimum(np.floor((np.arange(wanted) + 0.5) * length / wanted), length - 1).astype(np.int64)
+
+
+def nearest(array: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """[h, w, ...] at `size` by `nearest_exact`."""
+    return array[nearest_exact(array.shape[0], size[0])][:, nearest_exact(array.shape[1], size[1])]
+
+
+def _resize(picture: np.ndarray, size: tuple[int, int], box: Box | None, filter: Image.Resampling) -> np.ndarray:
+    top, left, height, width = box or (0, 0, *picture.shape[:2])
+    if (height, width) == tuple(size):
+        return picture[top:top + height, left:left + width]
+    image = Image.fromarray(picture)
+    return np.asarray(image.resize(size[::-1], filter, (left, top, left + width, top + height), reducing_gap=3.0))

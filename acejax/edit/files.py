@@ -4,8 +4,9 @@ import io
 
 import numpy as np
 from etils import epath
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
+from acejax.data import pictures
 from acejax.errors import UserError
 
 _FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
@@ -17,8 +18,7 @@ def read_picture(path: epath.PathLike) -> np.ndarray:
     Raises:
       UserError: the file is missing, or no picture that can be read whole.
     """
-    image = _open(path).convert("RGBA")
-    return np.asarray(Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB"))
+    return pictures.decode(pictures.read(path), str(path))
 
 
 def read_mask(path: epath.PathLike, size: tuple[int, int]) -> np.ndarray:
@@ -27,7 +27,7 @@ def read_mask(path: epath.PathLike, size: tuple[int, int]) -> np.ndarray:
     Raises:
       UserError: unreadable, of another size (height, width) than its picture, or without a white pixel.
     """
-    mask = np.where(np.asarray(_open(path).convert("L")) > 127, 255, 0).astype(np.uint8)
+    mask = np.where(pictures.decode_mask(pictures.read(path), str(path)) > 127, 255, 0).astype(np.uint8)
     if mask.shape != tuple(size):
         raise UserError(f"mask {path} is {mask.shape[1]} x {mask.shape[0]} pixels (width x height); its picture is "
                         f"{size[1]} x {size[0]}")
@@ -67,19 +67,3 @@ def picture_format(path: epath.PathLike) -> str:
     if path.suffix.lower() not in _FORMATS:
         raise UserError(f"{path}: {path.suffix!r} names no picture format; use {', '.join(_FORMATS)}")
     return _FORMATS[path.suffix.lower()]
-
-
-def _open(path: epath.PathLike) -> Image.Image:
-    """A picture file decoded whole, upright, 8 bits a channel."""
-    path = epath.Path(path)
-    if not path.exists() or path.is_dir():
-        raise UserError(f"picture {path}: no such file")
-    try:
-        image = ImageOps.exif_transpose(Image.open(io.BytesIO(path.read_bytes())))
-        image.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        why = "not a picture that Pillow knows" if isinstance(error, UnidentifiedImageError) else error
-        raise UserError(f"picture {path} cannot be read: {why}") from error
-    if image.mode.startswith("I"):  # 16 bits; Pillow would clip them at 255
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    return image

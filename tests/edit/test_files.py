@@ -31,8 +31,8 @@ def test_mistakes_name_the_file(tmp_path):
     whole = (tmp_path / "black.png").read_bytes()
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (99, 99, 3)).astype(np.uint8)).save(tmp_path / "full.png")
     (tmp_path / "half.png").write_bytes((tmp_path / "full.png").read_bytes()[:5000])
-    for name, message in (("nosuch.png", "no such file"), ("no.png", "cannot be read"), ("half.png", "cannot be read"),
-                          ("", "no such file")):
+    for name, message in (("nosuch.png", "no such file"), ("no.png", "found no picture"), ("half.png", "damaged PNG"),
+                          ("", "found a folder")):
         with pytest.raises(UserError, match=message):
             read_picture(tmp_path / name)
     with pytest.raises(UserError, match=r"black.png is 30 x 20 pixels \(width x height\); its picture is 21 x 20"):

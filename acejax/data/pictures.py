@@ -159,10 +159,10 @@ def _open(file: BinaryIO, name: str) -> ImageFile.ImageFile:
     file.seek(0)
     try:
         image = plugin(file)  # not Image.open: that warns of large pictures on its own account
+        height, width = _stored_size(image)
     except Exception as error:  # whatever Pillow stumbles over in a damaged file
         raise UserError(f"picture {name}: found a damaged {plugin.format} header ({_said(error)}); expected a whole "
                         "file") from error
-    height, width = _stored_size(image)
     if height < 1 or width < 1 or height * width > MOST_PIXELS:
         raise UserError(f"picture {name}: found {width} x {height} pixels (width x height); expected at least 1 x 1 "
                         f"and at most {MOST_PIXELS / 1e6:.0f} megapixels")
@@ -205,7 +205,9 @@ def _kind(start: bytes) -> str:
 
 
 def _stored_size(image: ImageFile.ImageFile) -> tuple[int, int]:
-    return image.size[1], image.size[0]
+    """Height and width before the picture is turned upright."""
+    width, height = (image.tag_v2[256], image.tag_v2[257]) if image.format == "TIFF" else image.size
+    return int(height), int(width)
 
 
 def _orientation(image: ImageFile.ImageFile, file: BinaryIO) -> int:

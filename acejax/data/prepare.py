@@ -1,0 +1,93 @@
+"""A sample as a canvas: planned from the headers of its pictures, then made from their pixels."""
+
+import dataclasses
+import math
+
+import numpy as np
+
+from acejax.data import canvas, pictures
+from acejax.data.augment import FULL, OWN, RANDOM, AugmentConfig, random_mask
+from acejax.data.canvas import Canvas
+from acejax.data.layout import CanvasConfig, Layout, Size, lay, visible
+from acejax.data.sample import Sample
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a sample becomes in one visit.
+
+    Attributes:
+      layout: where its pictures lie.
+      mask, mask_seed: which mask it gets (`acejax.data.augment`).
+      drop: whether its prompt is left out.
+    """
+
+    layout: Layout
+    mask: str = OWN
+    mask_seed: int = 0
+    drop: bool = False
+
+
+def plan(sample: Sample, config: CanvasConfig, augment: AugmentConfig, rng: np.random.Generator) -> Plan:
+    """Draw what is random and lay the canvas out; nothing is decoded.
+
+    Raises:
+      UserError: a picture whose header can't be read.
+    """
+    target = pictures.size(sample.target, f"target of {sample.name}")
+    references = [pictures.size(reference, f"reference {number} of {sample.name}")
+                  for number, reference in enumerate(sample.references, 1)]
+    layout = lay(config, target, references, [_share(config, target, rng) for _ in references])
+    kind, seed, drop = augment.mask(rng), int(rng.integers(2**32)), rng.random() < augment.drop_caption
+    if sample.image is None or sample.mask is None and (kind == FULL or sample.image != sample.target):
+        kind = OWN  # it is white everywhere, or must be
+    return Plan(layout, kind, seed if kind == RANDOM else 0, bool(drop))
+
+
+def compose(sample: Sample, config: CanvasConfig, plan: Plan) -> Canvas:
+    """Decode a sample's pictures, no bigger than needed, and lay them out.
+
+    Raises:
+      UserError: a picture that can't be decoded.
+    """
+    layout = plan.layout
+    size = layout.height, layout.target_width
+
+    def decode(data: bytes, name: str, unit: Size) -> np.ndarray:
+        name = f"{name} of {sample.name}"
+        return pictures.decode(data, name, None if config.parity else _least(pictures.size(data, name), unit))
+
+    target = decode(sample.target, "target", size)
+    image = target if sample.image == sample.target else None
+    if image is None and sample.image is not None:
+        image = decode(sample.image, "image", size)
+    references = [decode(reference, f"reference {number}", (content, unit)) for number, (reference, content, unit)
+                  in enumerate(zip(sample.references, layout.contents, layout.widths, strict=False), 1)]
+    return canvas.training(config, layout, sample.task, target, image, _mask(sample, config, plan, image), references)
+
+
+def _mask(sample: Sample, config: CanvasConfig, plan: Plan, image: np.ndarray | None) -> np.ndarray | None:
+    if image is None or plan.mask == FULL:
+        return None
+    own = None
+    if sample.mask is not None:
+        name = f"mask of {sample.name}"
+        least = None if config.parity else _least(pictures.size(sample.mask, name), image.shape[:2])
+        own = pictures.decode_mask(sample.mask, name, least)
+    if plan.mask == RANDOM:
+        drawn = random_mask(image.shape[:2] if own is None else own.shape, plan.mask_seed)
+        return drawn if own is None else np.maximum(own, drawn)
+    return own
+
+
+def _share(config: CanvasConfig, target: Size, rng: np.random.Generator) -> float:
+    """A reference's height as a share of the canvas'; in parity whole pixels of the target's height."""
+    if config.parity:
+        return int(rng.integers(int(target[0] / 3), target[0], endpoint=True)) / target[0]
+    return float(rng.uniform(*config.reference_height))
+
+
+def _least(size: Size, unit: Size) -> Size:
+    """How big a picture must be decoded so that what is seen of it need not be enlarged to fill its unit."""
+    seen = visible(size)[2:]
+    return tuple(math.ceil(side * wanted / part) for side, wanted, part in zip(size, unit, seen, strict=True))

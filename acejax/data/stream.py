@@ -11,7 +11,7 @@ import grain
 import jax
 import numpy as np
 
-from acejax.data.cache import Features
+from acejax.data.tabulate import Features
 from acejax.errors import UserError
 
 
@@ -27,7 +27,7 @@ class Stream:
     """`stream[step]` is that step's (bucket, batch): numpy arrays, this process's share of the samples.
 
     Args:
-      tables: features of each task (`acejax.data.cache.tabulate`).
+      tables: features of each task (`acejax.data.tabulate.tabulate`).
       stages: one after the other; the last one goes on for ever.
       batch_sizes: samples of a batch for each bucket; a bucket is the width of the canvas in latent pixels.
       seed: of order and draws.

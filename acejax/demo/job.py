@@ -13,9 +13,9 @@ from etils import epath
 
 from acejax.checkpoint import claim
 from acejax.data import dataset
-from acejax.data.cache import tabulate
 from acejax.data.canvas import normalize
 from acejax.data.stream import Stage, Stream
+from acejax.data.tabulate import tabulate
 from acejax.demo import evaluate, weights
 from acejax.demo.grid import save_grid
 from acejax.demo.pictures import REPAINTING, SIZE, TASKS, samples

@@ -103,12 +103,14 @@ def killed(folder: str, kills: int, seed: int) -> int:
     """Builds in child processes, each killed after a random part of the time that one takes; how many were."""
     shards_of(20_000)
     source, moments, hit = samples(24), random.Random(seed), 0
+    slow = 0.02 + 0.01 * kills  # so that there is work left for the last of them
     for _ in range(kills):
         child = os.fork()
         if not child:
-            build(folder, source, Counting(0.02))
+            os.fsync = lambda descriptor: time.sleep(slow)  # some are hit between writing and renaming
+            build(folder, source, Counting(slow))
             os._exit(0)
-        time.sleep(moments.uniform(0.02, 1.0))
+        time.sleep(moments.uniform(0.02, 0.6))
         os.kill(child, signal.SIGKILL)
         hit += os.WIFSIGNALED(os.waitpid(child, 0)[1])
     build(folder, source)

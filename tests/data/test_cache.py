@@ -173,7 +173,7 @@ def test_killed_runs_end_as_an_uninterrupted_one(tmp_path):
     command = [sys.executable, "-W", "ignore", "-m", "tests.data.cached", tmp_path / "killed", str(kills), "7"]
     run = subprocess.run(command, capture_output=True, text=True, cwd=pathlib.Path(__file__).parents[2])
     assert run.returncode == 0, run.stderr
-    assert int(run.stdout.split()[-1]) >= 0.6 * kills, "it was killed while it ran"
+    assert int(run.stdout.split()[-1]) >= 0.8 * kills, "it was killed while it ran"
     build(tmp_path / "whole", samples(24))
     assert files(tmp_path / "killed") == files(tmp_path / "whole")
 

@@ -15,12 +15,14 @@ from acejax.checkpoint import claim
 from acejax.data import dataset
 from acejax.data.cache import tabulate
 from acejax.data.canvas import normalize
-from acejax.data.stream import Stage, Stream
+from acejax.data.schedule import Stage
+from acejax.data.stream import Stream
 from acejax.demo import evaluate, weights
 from acejax.demo.grid import save_grid
-from acejax.demo.pictures import REPAINTING, SIZE, TASKS, samples
+from acejax.demo.pictures import REPAINTING, TASKS, samples
 from acejax.demo.surroundings import TEXT_WIDTH, Autoencoder, encode_pictures, encode_prompts, fit_autoencoder
 from acejax.errors import UserError
+from acejax.lcu import fold_mask, patchify
 from acejax.model.config import MMDiTConfig
 from acejax.train import loop
 
@@ -37,9 +39,9 @@ def check(config: ml_collections.ConfigDict) -> None:
     loop.check(config)
     if config.data.source != "demo":
         raise UserError(f"config.data.source is {config.data.source!r}; so far there is 'demo', the built-in pictures")
-    if len(config.data.batch_sizes) != 3 or min(config.data.batch_sizes) < 1 or config.data.samples < 1:
-        raise UserError(f"config.data is {dict(config.data)}; expected samples, and three batch sizes, for 0, 1 and 2 "
-                        "references")
+    if [tokens for tokens, _ in config.data.batch_sizes] != [16, 32, 48] or config.data.samples < 1:
+        raise UserError(f"config.data.batch_sizes is {config.data.batch_sizes} and samples {config.data.samples}; "
+                        "expected pairs (tokens, samples) for 16, 32 and 48 tokens, and at least one sample a task")
     if min(config.evaluate.samples, config.evaluate.held) < 2 or config.evaluate.steps < 1:
         raise UserError(f"config.evaluate is {dict(config.evaluate)}; expected at least 2 samples, 2 held and 1 step")
     unknown = {task for stage in config.stages for task in stage["weights"]} - set(TASKS)
@@ -68,9 +70,34 @@ def prepare(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> tuple
     tables = tabulate((rows[index] for index in range(len(rows))), REPAINTING,
                       lambda pictures: encode_pictures(autoencoder, pictures), encode_prompts)
     stages = [Stage(round(stage["share"] * config.steps), stage["weights"]) for stage in config.stages]
-    cells = SIZE // 8
-    buckets = {cells * units: size for units, size in enumerate(config.data.batch_sizes, 1)}
-    return folder, autoencoder, Stream(tables, stages, buckets, config.seed)
+    sizes = dict(config.data.batch_sizes)
+    return folder, autoencoder, Stream(_Table(tables), stages, list(sizes), sizes, config.seed)
+
+
+class _Table:
+    """Tables of features as rows of the stream."""
+
+    def __init__(self, tables):
+        self.tasks, self.datasets = tuple(tables), ("demo",)
+        count = [len(table["target"]) for table in tables.values()]
+        self.task = np.repeat(np.arange(len(count), dtype=np.int32), count)
+        self.dataset = np.zeros_like(self.task)
+        self._rows = [{name: values[i] for name, values in table.items()} for table in tables.values()
+                      for i in range(len(table["target"]))]
+        self.references = np.array([int(row["unit"].max()) + 1 for row in self._rows])
+        self.tokens = 16 * (1 + self.references)
+
+    def __len__(self):
+        return len(self._rows)
+
+    def fetch(self, index, rng):
+        row = self._rows[index]
+        tokens = {name: np.asarray(patchify(row[name][None]))[0] for name in ("edit", "modify", "target")}
+        mask = np.asarray(patchify(fold_mask(row["mask"][None])))[0] * 255
+        rows, columns = len(tokens["edit"]) // len(row["unit"]), len(row["unit"])
+        return tokens | {"mask": mask, "positions": np.indices((1, rows, columns)).reshape(3, -1).T.astype(np.int32),
+                         "unit": np.tile(row["unit"], rows), "text": row["text"], "pooled": row["pooled"],
+                         "task": self.task[index]}
 
 
 def run(config: ml_collections.ConfigDict, workdir: epath.PathLike, setup_seconds: float = 0.0) -> dict[str, Any]:

@@ -16,6 +16,8 @@ from acejax.data.sample import Sample
 from acejax.data.stream import Broken
 from acejax.errors import UserError
 
+CHUNK = 1024  # headers in flight
+
 
 class Pictures:
     """A table (`acejax.data.stream.Table`) whose rows are `canvas`, `prompt` and `task`.
@@ -46,14 +48,15 @@ class Pictures:
                 return str(error)
 
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
-            for index, found in enumerate(tqdm(pool.map(planned, range(len(source))), "headers",
-                                               len(source), disable=not progress)):
-                if isinstance(found, str):
-                    self.skipped.append(found)
-                    continue
-                tasks.append(found[0])
-                self._index.append(index)
-                self._layouts.append(found[1].layout)
+            for start in tqdm(range(0, len(source), CHUNK), "headers", unit_scale=CHUNK, disable=not progress):
+                indices = range(start, min(start + CHUNK, len(source)))
+                for index, found in zip(indices, pool.map(planned, indices), strict=True):
+                    if isinstance(found, str):
+                        self.skipped.append(found)
+                        continue
+                    tasks.append(found[0])
+                    self._index.append(index)
+                    self._layouts.append(found[1].layout)
         self.tasks = tuple(dict.fromkeys(tasks))
         number = {task: i for i, task in enumerate(self.tasks)}
         self.task = np.array([number[task] for task in tasks], np.int32)

@@ -79,7 +79,8 @@ def table(report: Report, config: CanvasConfig, steps_per_epoch: int | None = No
         lengths = report.buckets
         padding = buckets.waste(report.tokens, lengths)
         lines += ["", f"buckets         {', '.join(map(str, lengths))} tokens; {padding:.1%} padding"]
-        whose = "the target and each reference" if config.budget == "picture" else "all units together"
+        together = config.parity or config.budget == "canvas"
+        whose = "all units together" if together else "the target and each reference"
         lines += [f"tokens          {int(report.tokens.sum()):,} an epoch, {report.tokens.mean():.0f} a sample; at "
                   f"most {config.max_tokens} for {whose}, {448 if config.split else 384} channels"]
         if steps_per_epoch is not None:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from acejax.data import buckets, pictures
+from acejax.data import buckets, pictures, prepare
 from acejax.data.layout import ASPECT, CanvasConfig, Size, lay, visible
 from acejax.data.manifest import Fault, Manifest, Row
 from acejax.errors import UserError
@@ -159,10 +159,9 @@ def look(paths: dict[str, bool], decode: bool = False, advance: Callable[[int], 
 
 def tokens_of(config: CanvasConfig, row: Row, seen: dict[str, Seen], seed: int = 0) -> int:
     """Tokens of a sample's canvas, its references' heights drawn as in training."""
-    shares = ()
-    if row.references:
-        shares = np.random.default_rng((seed, row.line)).uniform(*config.reference_height, len(row.references))
-    return lay(config, seen[row.target].size, [seen[path].size for path in row.references], tuple(shares)).tokens
+    target, references = seen[row.target].size, [seen[path].size for path in row.references]
+    rng = np.random.default_rng((seed, row.line)) if references else None
+    return lay(config, target, references, [prepare.share(config, target, rng) for _ in references]).tokens
 
 
 def stages(rows: Iterable[Row]) -> dict[str, int]:

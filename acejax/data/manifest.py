@@ -80,6 +80,20 @@ class Manifest:
         name = epath.Path(self.path).name or self.path
         return f"{name}/{self.names[line - 1]}" if self.names else f"{name}:{line}"
 
+    def sample(self, row: Row) -> Sample:
+        """A row with its pictures read.
+
+        Raises:
+          UserError: a file that cannot be read.
+        """
+        name = self.where(row.line)
+        try:
+            target, image, mask = (pictures.read(path) if path else None for path in (row.target, row.image, row.mask))
+            references = tuple(map(pictures.read, row.references))
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from error
+        return Sample(row.task, row.prompt, target, image, mask, references, name, row.detail)
+
     def told(self, fault: Fault) -> str:
         """A fault as one line of text."""
         return f"{self.where(fault.line)}: {f'{fault.field}: ' if fault.field else ''}{fault.message}"
@@ -154,14 +168,7 @@ class Source(Sequence[Sample]):
         return len(self.manifest.rows)
 
     def __getitem__(self, index: int) -> Sample:
-        row = self.manifest.rows[index]
-        name = self.manifest.where(row.line)
-        try:
-            target, image, mask = (pictures.read(path) if path else None for path in (row.target, row.image, row.mask))
-            references = tuple(map(pictures.read, row.references))
-        except UserError as error:
-            raise UserError(f"{name}: {error}") from error
-        return Sample(row.task, row.prompt, target, image, mask, references, name, row.detail)
+        return self.manifest.sample(self.manifest.rows[index])
 
     def __reduce__(self):
         kept = self.manifest

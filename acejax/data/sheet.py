@@ -7,8 +7,9 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from acejax.data import canvas, pictures
-from acejax.data.layout import CanvasConfig, lay
+from acejax.data import canvas, prepare
+from acejax.data.augment import AugmentConfig
+from acejax.data.layout import CanvasConfig
 from acejax.data.manifest import Manifest, Row
 
 CELL = 300  # pixels: the greatest side of one picture on the sheet
@@ -49,25 +50,23 @@ def sheet(manifest: Manifest, rows: Sequence[Row], config: CanvasConfig, seed: i
     return buffer.getvalue()
 
 
-def panels(row: Row, config: CanvasConfig, rng: np.random.Generator) -> tuple[list[np.ndarray], int]:
+def panels(manifest: Manifest, row: Row, config: CanvasConfig, rng: np.random.Generator
+           ) -> tuple[list[np.ndarray], int]:
     """What the model gets of a sample, pictures [h, W, 3] uint8 in the order of _PANELS (no modify where not split),
     and its tokens."""
-    target, *references = (pictures.decode(pictures.read(path), path) for path in (row.target, *row.references))
-    image = pictures.decode(pictures.read(row.image), row.image) if row.image else None
-    mask = pictures.decode_mask(pictures.read(row.mask), row.mask) if row.mask else None
-    shares = rng.uniform(*config.reference_height, len(references))
-    layout = lay(config, target.shape[:2], [reference.shape[:2] for reference in references], tuple(shares))
-    made = canvas.training(config, layout, row.task, target, image, mask, references)
+    sample = manifest.sample(row)
+    plan = prepare.plan(sample, config, AugmentConfig(), rng)
+    made = prepare.compose(sample, config, plan)
     contents = canvas.contents(made)
     source = np.where(made.present[..., None], made.source, 127).astype(np.float32)
     weight = 0.45 * contents.mask
     shown = np.rint(source * (1 - weight) + _TINT * weight).astype(np.uint8)
     rest = [contents.edit, contents.modify, contents.target]
-    return [shown, *(canvas.denormalize(part) for part in rest if part is not None)], layout.tokens
+    return [shown, *(canvas.denormalize(part) for part in rest if part is not None)], plan.layout.tokens
 
 
 def _sample(manifest: Manifest, row: Row, config: CanvasConfig, rng: np.random.Generator) -> Image.Image:
-    made, tokens = panels(row, config, rng)
+    made, tokens = panels(manifest, row, config, rng)
     names = _PANELS if len(made) == len(_PANELS) else (_PANELS[0], "source (edit)", _PANELS[3])
     scale = min(1.0, CELL / made[0].shape[0], 2 * CELL / made[0].shape[1])
     size = max(1, round(made[0].shape[1] * scale)), max(1, round(made[0].shape[0] * scale))

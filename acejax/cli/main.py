@@ -16,6 +16,7 @@ COMMANDS = {
     "train": "train from a config: acejax train --config=FILE.py --workdir=DIR [--config.a.b=value]",
     "edit": "edit a picture by instruction",
     "convert": "weights of FLUX and ACE++ from one format to another, verified",
+    "data": "check pictures, build datasets, cache features",
     "bench": "measure speed and cost",
 }
 _EXTRAS = {"transformers": "text", "ftfy": "text", "optax": "train", "orbax": "train", "grain": "train",

@@ -80,8 +80,9 @@ def _padded(picture: np.ndarray, height: int) -> np.ndarray:
 
 
 def _at_most(picture: np.ndarray) -> np.ndarray:
-    """The middle of a picture, at most 4:1."""
-    top, left, height, width = visible(picture.shape[:2])
+    """The middle of a picture, at most 4:1; half a pixel goes to the even side, as in torchvision's CenterCrop."""
+    *_, height, width = visible(picture.shape[:2])
+    top, left = round((picture.shape[0] - height) / 2), round((picture.shape[1] - width) / 2)
     return picture[top:top + height, left:left + width]
 
 

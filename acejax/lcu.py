@@ -78,6 +78,26 @@ def membership(height: int, widths: Sequence[int]) -> jax.Array:
     return jnp.tile(jax.nn.one_hot(unit, len(widths)), (height // PATCH, 1))[:, None]
 
 
+def channels(noisy: jax.Array, edit: jax.Array | None = None, mask: jax.Array | None = None,
+             modify: jax.Array | None = None) -> jax.Array:
+    """A unit's parts as tokens, side by side: [B, S, 64, 384 or 448].
+
+    Args:
+      noisy, edit, modify: [B, S, 64], as by `patchify`.
+      mask: [B, S, 256], as by `patchify` of `fold_mask`.
+
+    Raises:
+      ValueError: parts that do not make one of the three variants, or of different sizes.
+    """
+    given = tuple(name for name, part in (("edit", edit), ("modify", modify), ("mask", mask)) if part is not None)
+    if given not in ((), ("edit", "mask"), ("edit", "modify", "mask")):
+        raise ValueError(f"pack needs nothing (64), edit and mask (384) or edit, modify and mask (448); given: {given}")
+    parts = [part for part in (noisy, edit, modify, mask) if part is not None]
+    if any(part.shape[:2] != noisy.shape[:2] for part in parts):
+        raise ValueError(f"the parts of a unit differ in size: {[part.shape for part in parts]}")
+    return jnp.concatenate([part.astype(noisy.dtype) for part in parts], axis=-1)
+
+
 def pack(noisy: jax.Array, edit: jax.Array | None = None, mask: jax.Array | None = None,
          modify: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
     """A canvas as transformer input.
@@ -94,17 +114,14 @@ def pack(noisy: jax.Array, edit: jax.Array | None = None, mask: jax.Array | None
     Raises:
       ValueError: parts that do not make one of the three variants, or of different sizes.
     """
-    given = tuple(name for name, part in (("edit", edit), ("modify", modify), ("mask", mask)) if part is not None)
-    if given not in ((), ("edit", "mask"), ("edit", "modify", "mask")):
-        raise ValueError(f"pack needs nothing (64), edit and mask (384) or edit, modify and mask (448); given: {given}")
-    parts = [noisy, *(part for part in (edit, modify) if part is not None)]
-    if mask is not None:
-        if mask.shape[1:] != (CELL * noisy.shape[1], CELL * noisy.shape[2], 1):
-            raise ValueError(f"mask {mask.shape} does not cover latents {noisy.shape} at {CELL} pixels each")
-        parts.append(fold_mask(mask).astype(noisy.dtype))
-    if any(part.shape[:3] != noisy.shape[:3] for part in parts):
-        raise ValueError(f"the parts of a unit differ in size: {[part.shape for part in parts]}")
-    image = patchify(jnp.concatenate(parts, axis=-1))
+    if mask is not None and mask.shape[1:] != (CELL * noisy.shape[1], CELL * noisy.shape[2], 1):
+        raise ValueError(f"mask {mask.shape} does not cover latents {noisy.shape} at {CELL} pixels each")
+    shapes = [part.shape for part in (noisy, edit, modify) if part is not None]
+    if len({shape[:3] for shape in shapes}) > 1:
+        raise ValueError(f"the parts of a unit differ in size: {shapes}")
+    tokens = [part if part is None else patchify(part)
+              for part in (noisy, edit, None if mask is None else fold_mask(mask), modify)]
+    image = channels(*tokens)
     grid = positions(*noisy.shape[1:3])
     return image, jnp.broadcast_to(grid, (image.shape[0], *grid.shape))
 

@@ -10,16 +10,20 @@ def get_config() -> ConfigDict:
     return ConfigDict({
         "seed": 0,
         "steps": 6000,
+        # shares of the steps, and of the samples by task
         "stages": ({"share": 0.25, "weights": ZERO_REF},
-                   {"share": 0.75, "weights": ZERO_REF | {"reference": 2.8, "two_references": 3.2}}),
+                   {"share": 0.75, "weights": ZERO_REF | {"reference": 1.4, "two_references": 1.6}}),
         "model": {"in_channels": 448, "out_channels": 64, "hidden_size": 128, "num_heads": 4, "depth": 1,
                   "depth_single_blocks": 3, "mlp_ratio": 4.0, "axes_dim": (4, 14, 14), "theta": 10_000,
                   "context_in_dim": 64, "vec_in_dim": 64, "guidance_embed": False},
         "data": {
             "source": "demo",  # the built-in pictures
             "samples": 1200,  # training samples of each task
-            "batch_sizes": (16, 8, 8),  # samples of a batch by number of references
+            "canvas": {"split": True, "scale": 1.0, "scales": {"recolor": 0.0, "instruct": 0.0},
+                       "reference_height": (1.0, 1.0), "editing_height": 1.0},
+            "batch_sizes": ((16, 16), (32, 8), (48, 8)),  # samples of a batch by number of tokens: 0, 1, 2 references
         },
+        "reading": {"threads": 1, "workers": 0, "ahead": 4},  # threads, or processes; batches made ahead
         # ACE++ has 1, 0 and 1: a plain mean over the canvas, noise levels in the middle. A small model on 64 pixels
         # learns several times faster where it looks at what is generated, and at high noise, where text decides.
         "loss": {"mask_weight": 4.0, "sigma_shift": 1.2, "sigma_spread": 1.5},

@@ -29,8 +29,9 @@ ROWS = (
 )
 RANK = {place: rank for rank, row in enumerate(ROWS) for place in row}
 CENTRE = RANK["model"]
-# `import acejax` alone is the public face of the centre; its other names lead to the places that define them.
+# `import acejax` alone loads nothing; its names lead to the places that define them.
 FACE = {name: RANK[module.split(".")[1]] for name, module in acejax._LAZY.items()}
+CENTRE_NAMES = [name for name in acejax.__all__ if FACE.get(name, CENTRE) <= CENTRE]
 
 SOURCES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
@@ -101,19 +102,20 @@ def test_the_centre_needs_jax_flax_and_numpy_alone(path):
 
 
 def test_import_is_light():
-    """`import acejax` loads nothing heavy, starts no backend and leaves jax's settings as it finds them."""
+    """The public face of the centre loads nothing heavy, starts no backend, leaves jax's settings as it finds them."""
     report = subprocess.run([sys.executable, "-c", textwrap.dedent("""
         import json, sys
         import jax
         before = {name: repr(value) for name, value in jax.config.values.items()}
         import acejax
+        from acejax import %s
         from jax._src import xla_bridge
         json.dump({
             "loaded": sorted({name.split(".")[0] for name in sys.modules}),
             "changed": [name for name, value in before.items() if repr(jax.config.values[name]) != value],
             "backends": list(xla_bridge._backends),
         }, sys.stdout)
-    """)], check=True, capture_output=True, text=True, cwd=PACKAGE.parent).stdout
+    """) % ", ".join(CENTRE_NAMES)], check=True, capture_output=True, text=True, cwd=PACKAGE.parent).stdout
     report = json.loads(report)
     heavy = {"optax", "orbax", "tensorflow", "tensorflow_datasets", "tensorstore", "grain", "transformers", "diffusers",
              "torch", "safetensors", "PIL", "matplotlib", "skimage", "ml_collections", "tensorboardX"}
@@ -123,7 +125,15 @@ def test_import_is_light():
     assert report["backends"] == []
 
 
-@pytest.mark.parametrize("name", [name for name in acejax.__all__ if name not in acejax._LAZY])
+@pytest.mark.parametrize("modules", ["acejax", "acejax.cli.main, acejax.cli.convert, acejax.weights.convert"])
+def test_copying_weights_waits_for_no_jax(modules):
+    """jax takes a second and a half to import, in which two gigabytes are copied."""
+    loaded = subprocess.run([sys.executable, "-c", f"import sys, {modules}; print(*sys.modules)"], check=True,
+                            capture_output=True, text=True, cwd=PACKAGE.parent).stdout.split()
+    assert {"jax", "flax"}.isdisjoint(loaded)
+
+
+@pytest.mark.parametrize("name", CENTRE_NAMES)
 def test_public_names_are_there(name):
     assert getattr(acejax, name) is not None
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from acejax.errors import UserError
 from acejax.model.config import MMDiTConfig
-from acejax.weights import convert, hub, identify, keymaps, load, lora_formats, pickles, save
+from acejax.weights import convert, hub, identify, keymaps, lora_formats, pickles, save
 from acejax.weights.convert import Report
 from acejax.weights.convert_lora import convert_lora
 from acejax.weights.identify import Model
@@ -163,6 +163,7 @@ def _to_orbax(model: Model, target: pathlib.Path, dtype: np.dtype | None) -> Rep
     if dtype is None and any(tensor.dtype == np.float64 for tensor in model.tensors.values()):
         raise UserError(f"{model.path}: is stored in float64, which jax does not keep; give a --dtype")
     from acejax import checkpoint
+    from acejax.weights import load
 
     with save.beside(target) as place:
         checkpoint.save_weights(place, model.config, load.load(model, dtype=dtype)[1])

@@ -5,7 +5,6 @@ import os
 import pathlib
 import sys
 
-import jax
 from absl import logging
 
 from acejax import __version__
@@ -16,6 +15,7 @@ COMMANDS = {
     "train": "train from a config: acejax train --config=FILE.py --workdir=DIR [--config.a.b=value]",
     "edit": "edit a picture by instruction",
     "convert": "weights of FLUX and ACE++ from one format to another, verified",
+    "data": "check pictures, build datasets, cache features",
     "bench": "measure speed and cost",
 }
 _EXTRAS = {"transformers": "text", "ftfy": "text", "optax": "train", "orbax": "train", "grain": "train",
@@ -59,10 +59,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _keep_compiled_programs() -> None:
-    """A persistent compile cache, as commands compile the same programs again; the environment can name another."""
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache"))
-        jax.config.update("jax_compilation_cache_dir", str(cache / "acejax" / "compiled"))
+    """A persistent compile cache, as commands compile the same programs again; the environment can name another.
+
+    jax reads the variable when it is imported, which not every command needs.
+    """
+    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache"))
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache / "acejax" / "compiled"))
 
 
 def _usage() -> str:

@@ -71,11 +71,10 @@ def opened(path: epath.PathLike) -> BinaryIO:
     """
     path = epath.Path(path)
     try:
-        if path.is_dir():
-            raise UserError(f"picture {path}: found a folder; expected a file")
         return path.open("rb")
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise UserError(f"picture {path}: no such file") from error
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:  # a bucket's folder is "not found"
+        found = "found a folder; expected a file" if path.is_dir() else "no such file"
+        raise UserError(f"picture {path}: {found}") from error
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise UserError(f"picture {path}: cannot be read ({_said(error)})") from error
 
@@ -87,9 +86,7 @@ def size(data: bytes | BinaryIO, name: str) -> tuple[int, int]:
       UserError: no picture, or too large.
     """
     file = _file(data)
-    image = _open(file, name)
-    height, width = _stored_size(image)
-    return (width, height) if _orientation(image, file) >= 5 else (height, width)
+    return _upright_size(_open(file, name), file)
 
 
 def decode(data: bytes, name: str, least: tuple[int, int] | None = None) -> np.ndarray:
@@ -128,19 +125,24 @@ def decode_mask(data: bytes, name: str, least: tuple[int, int] | None = None) ->
                         ) from error
 
 
-def whole(data: bytes | BinaryIO, name: str) -> None:
+def whole(data: bytes | BinaryIO, name: str) -> tuple[int, int]:
     """Look at the header and the end of a file; formats without a mark at their end are decoded.
+
+    Returns:
+      `size`.
 
     Raises:
       UserError: no picture, too large, or a file that ends too early.
     """
     file = _file(data)
     image = _open(file, name)
+    shape = _upright_size(image, file)
     ends = {"JPEG": _jpeg_ends, "PNG": _png_ends, "TIFF": _tiff_ends, "WEBP": _webp_ends}.get(image.format)
     if ends is None:
         _decoded(image, name)
     elif not ends(file, image):
         raise UserError(f"picture {name}: found a {image.format} file that ends too early; expected a whole one")
+    return shape
 
 
 def _file(data: bytes | BinaryIO) -> BinaryIO:
@@ -208,6 +210,11 @@ def _stored_size(image: ImageFile.ImageFile) -> tuple[int, int]:
     """Height and width before the picture is turned upright."""
     width, height = (image.tag_v2[256], image.tag_v2[257]) if image.format == "TIFF" else image.size
     return int(height), int(width)
+
+
+def _upright_size(image: ImageFile.ImageFile, file: BinaryIO) -> tuple[int, int]:
+    height, width = _stored_size(image)
+    return (width, height) if _orientation(image, file) >= 5 else (height, width)
 
 
 def _orientation(image: ImageFile.ImageFile, file: BinaryIO) -> int:

@@ -37,7 +37,7 @@ def plan(sample: Sample, config: CanvasConfig, augment: AugmentConfig, rng: np.r
     target = pictures.size(sample.target, f"target of {sample.name}")
     references = [pictures.size(reference, f"reference {number} of {sample.name}")
                   for number, reference in enumerate(sample.references, 1)]
-    layout = lay(config, target, references, [_share(config, target, rng) for _ in references])
+    layout = lay(config, target, references, [share(config, target, rng) for _ in references])
     kind, seed, drop = augment.mask(rng), int(rng.integers(2**32)), rng.random() < augment.drop_caption
     if sample.image is None or sample.mask is None and (kind == FULL or sample.image != sample.target):
         kind = OWN  # it is white everywhere, or must be
@@ -66,6 +66,13 @@ def compose(sample: Sample, config: CanvasConfig, plan: Plan) -> Canvas:
     return canvas.training(config, layout, sample.task, target, image, _mask(sample, config, plan, image), references)
 
 
+def share(config: CanvasConfig, target: Size, rng: np.random.Generator) -> float:
+    """A reference's height as a share of the canvas'; in parity whole pixels of the target's height."""
+    if config.parity:
+        return int(rng.integers(int(target[0] / 3), target[0], endpoint=True)) / target[0]
+    return float(rng.uniform(*config.reference_height))
+
+
 def _mask(sample: Sample, config: CanvasConfig, plan: Plan, image: np.ndarray | None) -> np.ndarray | None:
     if image is None or plan.mask == FULL:
         return None
@@ -78,13 +85,6 @@ def _mask(sample: Sample, config: CanvasConfig, plan: Plan, image: np.ndarray | 
         drawn = random_mask(image.shape[:2] if own is None else own.shape, plan.mask_seed)
         return drawn if own is None else np.maximum(own, drawn)
     return own
-
-
-def _share(config: CanvasConfig, target: Size, rng: np.random.Generator) -> float:
-    """A reference's height as a share of the canvas'; in parity whole pixels of the target's height."""
-    if config.parity:
-        return int(rng.integers(int(target[0] / 3), target[0], endpoint=True)) / target[0]
-    return float(rng.uniform(*config.reference_height))
 
 
 def _least(size: Size, unit: Size) -> Size:

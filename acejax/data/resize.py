@@ -17,8 +17,13 @@ def mask(picture: np.ndarray, size: tuple[int, int], box: Box | None = None) -> 
 
 
 def nearest_exact(length: int, wanted: int) -> np.ndarray:
-    """Index of the source pixel of each of `wanted` pixels; torch's "nearest-exact"."""
-    return np.minimum(np.floor((np.arange(wanted) + 0.5) * length / wanted), length - 1).astype(np.int64)
+    """Index of the source pixel of each of `wanted` pixels: torch's "nearest-exact" on a CPU, to the last bit.
+
+    The step between pixels is a float32 there, which decides where a pixel's middle falls between two source pixels.
+    """
+    step = float(np.float32(length) / np.float32(wanted))
+    middle = ((np.arange(wanted) + 0.5) * step - 0.5).astype(np.float32) + np.float32(0.5)
+    return np.clip(np.floor(middle), 0, length - 1).astype(np.int64)
 
 
 def nearest(array: np.ndarray, size: tuple[int, int]) -> np.ndarray:

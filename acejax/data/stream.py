@@ -1,114 +1,172 @@
-"""The training stream: which batch every step sees, as a pure function of the step.
+"""The training stream: the batch of every step, of one shape a bucket, the same on all hosts, each with its own rows.
 
-A step's bucket (canvas size) and its samples depend on the seed and the step alone, so all hosts agree, an interrupted
-run goes on exactly where it was, and nothing but the step has to be saved.
+A batch depends on the seed and the step alone (`acejax.data.schedule`), so an interrupted run goes on exactly where it
+was, on any number of hosts and workers.
 """
 
+import collections
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import grain
 import jax
 import numpy as np
+from absl import flags
 
-from acejax.data.tabulate import Features
+from acejax.data import buckets as token_buckets
+from acejax.data.schedule import Draw, Samples, Schedule, Stage
 from acejax.errors import UserError
+
+Row = dict[str, Any]
+TRIES = 20  # samples tried in place of a broken one
+ENOUGH = 200  # samples seen before a share of broken ones is judged
+PAD_UNIT = -2
+
+
+class Broken(UserError):
+    """A sample that can't be used: it is skipped, counted and reported."""
+
+
+class Table(Protocol):
+    """Samples at random access: `acejax.data.features.Features`, `acejax.data.online.Pictures`.
+
+    Attributes:
+      tokens, references, task, dataset: [N] arrays; `tasks` and `datasets` name what the last two count.
+    """
+
+    tokens: np.ndarray
+    references: np.ndarray
+    task: np.ndarray
+    tasks: Sequence[str]
+    dataset: np.ndarray
+    datasets: Sequence[str]
+
+    def __len__(self) -> int: ...
+
+    def fetch(self, index: int, rng: np.random.Generator) -> Row:
+        """A sample; `rng` draws what may differ at each visit. Raises Broken."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
-class Stage:
-    """A part of the run: `steps` steps with tasks drawn by these weights."""
+class Batch:
+    """One step's samples.
 
-    steps: int
-    weights: Mapping[str, float]
+    Attributes:
+      bucket: image tokens of a row, padding included.
+      arrays: this process's rows. With features: `edit`, `modify` (where split), `target` [B, S, 64], `mask`
+        [B, S, 256] uint8, `positions` [B, S, 3], `unit` [B, S] int8 (-1 the target, -2 padding), `lengths` [B], `text`
+        [B, T, D], `pooled` [B, P], `task` [B]. What is no array is a list.
+      skipped: why samples were skipped for it.
+    """
+
+    bucket: int
+    arrays: dict[str, Any]
+    skipped: tuple[str, ...] = ()
 
 
 class Stream:
-    """`stream[step]` is that step's (bucket, batch): numpy arrays, this process's share of the samples.
+    """`stream[step]` is that step's Batch.
 
     Args:
-      tables: features of each task (`acejax.data.tabulate.tabulate`).
+      table: the samples.
       stages: one after the other; the last one goes on for ever.
-      batch_sizes: samples of a batch for each bucket; a bucket is the width of the canvas in latent pixels.
+      buckets: token counts that samples are padded to (`acejax.data.buckets.choose`).
+      batch_sizes: samples of a batch, over all processes, for each bucket.
       seed: of order and draws.
+      max_broken: the share of broken samples that stops the run.
+      process: index and number of the processes; None asks jax.
 
     Attributes:
       tasks: their names; a batch's `task` is an index into them.
       references: the most references that a sample has.
 
     Raises:
-      UserError: a stage that names a task without samples.
+      UserError: as `Schedule`; a sample beyond the greatest bucket.
     """
 
-    def __init__(self, tables: Mapping[str, Features], stages: Sequence[Stage], batch_sizes: Mapping[int, int],
-                 seed: int):
-        self.tasks = tuple(tables)
-        for stage in stages:
-            missing = [task for task, weight in stage.weights.items() if weight > 0 and task not in tables]
-            if missing:
-                raise UserError(f"the stream has no samples of {', '.join(missing)}; it has {', '.join(tables)}")
-        self._stages, self._seed, self.batch_sizes = stages, seed, batch_sizes
-        self.references = max(int(table["unit"].max()) + 1 for table in tables.values())
-        self._buckets = {task: int(table["target"].shape[2]) for task, table in tables.items()}
-        self._sources = [self._mixtures(number, stage, tables) for number, stage in enumerate(stages)]
-        self._plans = [self._plan(number, stage) for number, stage in enumerate(stages)]
+    def __init__(self, table: Table, stages: Sequence[Stage], buckets: Sequence[int], batch_sizes: Mapping[int, int],
+                 seed: int, max_broken: float = 0.01, process: tuple[int, int] | None = None):
+        if not len(table):
+            raise UserError("there is no sample to train on")
+        if (most := int(np.max(table.tokens))) > max(buckets):
+            raise UserError(f"a sample has {most} tokens; the greatest bucket is {max(buckets)}")
+        self.table, self.tasks, self.batch_sizes = table, tuple(table.tasks), dict(batch_sizes)
+        self.references = int(np.max(table.references))
+        samples = Samples(table.task, table.tasks, table.dataset, table.datasets, table.references,
+                          token_buckets.assign(table.tokens, sorted(buckets)))
+        self.schedule = Schedule(samples, stages, batch_sizes, seed)
+        self._seed, self._max_broken = seed, max_broken
+        self._process = (jax.process_index(), jax.process_count()) if process is None else process
 
-    def __getitem__(self, step: int) -> tuple[int, dict[str, np.ndarray]]:
-        number, start = self._stage(step)
-        cycle, at = divmod(step - start, len(self._plans[number][0]))
-        chosen, before = self._plans[number]
-        bucket = int(chosen[at])
-        index = cycle * int((chosen == bucket).sum()) + int(before[at])  # how often the bucket came before
-        return bucket, self._batch(number, bucket, index)
+    def __getitem__(self, step: int) -> Batch:
+        return self._batch(self.schedule[step])
 
-    def examples(self, start: int, stop: int) -> dict[int, dict[str, np.ndarray]]:
-        """A batch of each bucket that the steps from `start` to before `stop` may meet, for compiling."""
-        stages = range(self._stage(start)[0], self._stage(max(start, stop - 1))[0] + 1)
-        return {bucket: self._batch(number, bucket, 0) for number in stages for bucket in self._sources[number]}
+    def examples(self, start: int, stop: int) -> dict[int, dict[str, Any]]:
+        """Arrays of each bucket that the steps from `start` to before `stop` may meet, for compiling."""
+        return {bucket: self._batch(draw).arrays for bucket, draw in self.schedule.buckets(start, stop).items()}
 
-    def _stage(self, step: int) -> tuple[int, int]:
-        """The stage that a step belongs to, and its first step."""
-        number, start = 0, 0
-        while number + 1 < len(self._stages) and step >= start + self._stages[number].steps:
-            start, number = start + self._stages[number].steps, number + 1
-        return number, start
+    def batches(self, start: int, stop: int, threads: int = 2, ahead: int = 4, workers: int = 0) -> Iterator[Batch]:
+        """The batches of steps `start` to before `stop`, made ahead by threads, or by processes (`workers`).
 
-    def _batch(self, number: int, bucket: int, index: int) -> dict[str, np.ndarray]:
-        size = self.batch_sizes[bucket]
-        share = np.array_split(np.arange(size), jax.process_count())[jax.process_index()]  # this process's rows
-        rows = [self._sources[number][bucket][index * size + int(i)] for i in share]
-        return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+        Raises:
+          UserError: too many broken samples.
+        """
+        steps = grain.MapDataset.range(start, stop).map(self.__getitem__)
+        reading = steps.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead))
+        if workers:
+            if not flags.FLAGS.is_parsed():  # grain's workers look at them
+                flags.FLAGS(["acejax"], known_only=True)
+            reading = reading.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+        seen, broken = 0, collections.deque(maxlen=3)
+        count = 0
+        for batch in reading:
+            seen += len(batch.arrays["task"])
+            count += len(batch.skipped)
+            broken.extend(batch.skipped)
+            if seen >= ENOUGH and count > self._max_broken * seen:
+                raise UserError(f"{count} of {seen} samples are broken, more than the share of {self._max_broken:g} "
+                                f"that is let pass; the last: {'; '.join(broken)}")
+            yield batch
 
-    def _mixtures(self, number: int, stage: Stage, tables: Mapping[str, Features]) -> dict[int, grain.MapDataset]:
-        """For each bucket an endless, seeded, shuffled mixture of its tasks."""
-        mixtures = {}
-        for bucket in sorted({self._buckets[task] for task, weight in stage.weights.items() if weight > 0}):
-            tasks = [task for task, weight in stage.weights.items() if weight > 0 and self._buckets[task] == bucket]
-            parts = [grain.MapDataset.source(_Rows(tables[task], self.tasks.index(task)))
-                     .seed(self._seed + 1000 * number + self.tasks.index(task)).shuffle().repeat() for task in tasks]
-            mixtures[bucket] = grain.MapDataset.mix(parts, weights=[stage.weights[task] for task in tasks])
-        return mixtures
+    def _batch(self, draw: Draw) -> Batch:
+        size = self.batch_sizes[draw.bucket]
+        index, count = self._process
+        rows, skipped = [], []
+        for row in np.array_split(np.arange(size), count)[index]:
+            rows.append(self._row(draw, int(row), skipped))
+        return Batch(draw.bucket, collate(rows, draw.bucket), tuple(skipped))
 
-    def _plan(self, number: int, stage: Stage) -> tuple[np.ndarray, np.ndarray]:
-        """The bucket of each of 10,000 steps (repeated after that), and how often it came before within them."""
-        buckets = list(self._sources[number])
-        share = np.array([sum(weight for task, weight in stage.weights.items() if self._buckets[task] == bucket)
-                          for bucket in buckets])
-        chosen = np.random.default_rng([self._seed, number]).choice(buckets, size=10_000, p=share / share.sum())
-        before = np.zeros_like(chosen)
-        for bucket in buckets:
-            before[chosen == bucket] = np.arange((chosen == bucket).sum())
-        return chosen, before
+    def _row(self, draw: Draw, row: int, skipped: list[str]) -> Row:
+        rng = np.random.default_rng((self._seed, draw.stage, draw.bucket, draw.start + row))
+        for _ in range(TRIES):
+            try:
+                return self.table.fetch(self.schedule.sample(draw, row), rng)
+            except Broken as error:
+                skipped.append(str(error))
+                row = int(rng.integers(2**40))  # another one of the bucket
+        raise UserError(f"{TRIES} samples one after the other are broken; the last: {skipped[-1]}")
 
 
-class _Rows:
-    """A task's features as a random-access source of samples."""
+def collate(rows: Sequence[Row], bucket: int) -> dict[str, Any]:
+    """Rows of S_i tokens each -> arrays of `bucket` tokens, padded with zeros at the end, with their `lengths`."""
+    lengths = [len(row["positions"]) for row in rows if "positions" in row]
+    batch: dict[str, Any] = {"lengths": np.array(lengths, np.int32)} if lengths else {}
+    for name, first in rows[0].items():
+        values = [row[name] for row in rows]
+        if name in _TOKENS:
+            batch[name] = np.full((len(rows), bucket, *first.shape[1:]), PAD_UNIT if name == "unit" else 0, first.dtype)
+            for padded, value in zip(batch[name], values, strict=True):
+                padded[:len(value)] = value
+        else:
+            batch[name] = np.stack(values) if isinstance(first, np.ndarray | np.generic) else values
+    return batch
 
-    def __init__(self, table: Features, task: int):
-        self._table, self._task = table, np.int32(task)
 
-    def __len__(self) -> int:
-        return len(self._table["target"])
+_TOKENS = ("edit", "modify", "target", "mask", "positions", "unit")
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        return {name: values[index] for name, values in self._table.items()} | {"task": self._task}
+
+def batch_sizes(buckets: Sequence[int], tokens: int, multiple: int = 1) -> dict[int, int]:
+    """Samples of a batch for each bucket: as many as `tokens` hold, a multiple of the data-parallel devices."""
+    return {bucket: max(1, tokens // bucket // multiple) * multiple for bucket in buckets}

@@ -1,26 +1,33 @@
 """The demo from nothing to a report: pictures, autoencoder, features, two training stages, edits of the test photo."""
 
 import dataclasses
+import functools
+import io
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import ml_collections
 import numpy as np
 from etils import epath
+from PIL import Image
 
 from acejax.checkpoint import claim
-from acejax.data import dataset
+from acejax.data import dataset, pictures
+from acejax.data.build import build
 from acejax.data.canvas import normalize
-from acejax.data.stream import Stage, Stream
+from acejax.data.sample import Sample
+from acejax.data.schedule import Stage
+from acejax.data.stream import Stream
 from acejax.data.tabulate import tabulate
 from acejax.demo import evaluate, weights
 from acejax.demo.grid import save_grid
-from acejax.demo.pictures import REPAINTING, SIZE, TASKS, samples
+from acejax.demo.pictures import REPAINTING, TASKS, samples
 from acejax.demo.surroundings import TEXT_WIDTH, Autoencoder, encode_pictures, encode_prompts, fit_autoencoder
 from acejax.errors import UserError
+from acejax.lcu import fold_mask, patchify
 from acejax.model.config import MMDiTConfig
 from acejax.train import loop
 
@@ -37,9 +44,9 @@ def check(config: ml_collections.ConfigDict) -> None:
     loop.check(config)
     if config.data.source != "demo":
         raise UserError(f"config.data.source is {config.data.source!r}; so far there is 'demo', the built-in pictures")
-    if len(config.data.batch_sizes) != 3 or min(config.data.batch_sizes) < 1 or config.data.samples < 1:
-        raise UserError(f"config.data is {dict(config.data)}; expected samples, and three batch sizes, for 0, 1 and 2 "
-                        "references")
+    if [tokens for tokens, _ in config.data.batch_sizes] != [16, 32, 48] or config.data.samples < 1:
+        raise UserError(f"config.data.batch_sizes is {config.data.batch_sizes} and samples {config.data.samples}; "
+                        "expected pairs (tokens, samples) for 16, 32 and 48 tokens, and at least one sample a task")
     if min(config.evaluate.samples, config.evaluate.held) < 2 or config.evaluate.steps < 1:
         raise UserError(f"config.evaluate is {dict(config.evaluate)}; expected at least 2 samples, 2 held and 1 step")
     unknown = {task for stage in config.stages for task in stage["weights"]} - set(TASKS)
@@ -58,19 +65,44 @@ def prepare(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> tuple
     check(config)
     claim(workdir, config.to_dict(), loop.FREE)
     print("writing the pictures, fitting the autoencoder, encoding ...", flush=True)
-    folder = dataset.build(epath.Path(workdir) / "data", {
-        "train": lambda: _records(config.data.samples, config.seed, "train"),
-        "test": lambda: _records(config.evaluate.samples, TEST_SEED, "test"),
-        "held": lambda: _records(config.evaluate.held, TEST_SEED, "held")})
+    folder = build(epath.Path(workdir) / "data", {
+        "train": Drawn(config.data.samples, config.seed, "train"),
+        "test": Drawn(config.evaluate.samples, TEST_SEED, "test"),
+        "held": Drawn(config.evaluate.held, TEST_SEED, "held")})
     rows = dataset.read(folder, "train")
     picks = np.random.default_rng(config.seed).permutation(len(rows))[:FIT_PICTURES]
-    autoencoder = fit_autoencoder(normalize(np.stack([rows[int(index)]["target"] for index in picks])))
-    tables = tabulate((rows[index] for index in range(len(rows))), REPAINTING,
-                      lambda pictures: encode_pictures(autoencoder, pictures), encode_prompts)
+    autoencoder = fit_autoencoder(normalize(np.stack([decoded(rows[index])["target"] for index in picks])))
+    tables = tabulate(map(decoded, rows), REPAINTING,
+                      lambda batch: encode_pictures(autoencoder, batch), encode_prompts)
     stages = [Stage(round(stage["share"] * config.steps), stage["weights"]) for stage in config.stages]
-    cells = SIZE // 8
-    buckets = {cells * units: size for units, size in enumerate(config.data.batch_sizes, 1)}
-    return folder, autoencoder, Stream(tables, stages, buckets, config.seed)
+    sizes = dict(config.data.batch_sizes)
+    return folder, autoencoder, Stream(_Table(tables), stages, list(sizes), sizes, config.seed)
+
+
+class _Table:
+    """Tables of features as rows of the stream."""
+
+    def __init__(self, tables):
+        self.tasks, self.datasets = tuple(tables), ("demo",)
+        count = [len(table["target"]) for table in tables.values()]
+        self.task = np.repeat(np.arange(len(count), dtype=np.int32), count)
+        self.dataset = np.zeros_like(self.task)
+        self._rows = [{name: values[i] for name, values in table.items()} for table in tables.values()
+                      for i in range(len(table["target"]))]
+        self.references = np.array([int(row["unit"].max()) + 1 for row in self._rows])
+        self.tokens = 16 * (1 + self.references)
+
+    def __len__(self):
+        return len(self._rows)
+
+    def fetch(self, index, rng):
+        row = self._rows[index]
+        tokens = {name: np.asarray(patchify(row[name][None]))[0] for name in ("edit", "modify", "target")}
+        mask = np.asarray(patchify(fold_mask(row["mask"][None])))[0] * 255
+        rows, columns = len(tokens["edit"]) // len(row["unit"]), len(row["unit"])
+        return tokens | {"mask": mask, "positions": np.indices((1, rows, columns)).reshape(3, -1).T.astype(np.int32),
+                         "unit": np.tile(row["unit"], rows), "text": row["text"], "pooled": row["pooled"],
+                         "task": self.task[index]}
 
 
 def run(config: ml_collections.ConfigDict, workdir: epath.PathLike, setup_seconds: float = 0.0) -> dict[str, Any]:
@@ -89,9 +121,9 @@ def run(config: ml_collections.ConfigDict, workdir: epath.PathLike, setup_second
     weights.save(workdir / "weights", MMDiTConfig(**config.model), state.params, autoencoder, note)
     editor = weights.load_editor(workdir / "weights", config.evaluate.steps)  # what is judged is what is saved
     test, held = ({task: [row for row in rows if row["task"] == task] for task in TASKS}
-                  for rows in (list(dataset.read(folder, split)) for split in ("test", "held")))
-    scores, pictures = evaluate.evaluate(editor, test, held, TEST_SEED)
-    save_grid(workdir / "edits.png", test, pictures)
+                  for rows in (list(map(decoded, dataset.read(folder, split))) for split in ("test", "held")))
+    scores, edits = evaluate.evaluate(editor, test, held, TEST_SEED)
+    save_grid(workdir / "edits.png", test, edits)
     seconds["evaluate"] = time.time() - started
 
     short = evaluate.missed(scores)
@@ -113,12 +145,42 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _records(count: int, seed: int, split: str) -> Iterator[dataset.Record]:
-    for task in TASKS:
-        for sample in samples(count, task, seed, split):
-            detail = json.dumps([dataclasses.astuple(thing) for thing in sample.things])
-            yield dataset.record(sample.task, sample.prompt, sample.target, sample.image, sample.mask,
-                                 sample.references, detail)
+class Drawn(Sequence):
+    """`count` drawn samples of each task, drawn when the first is asked for; `detail` is what the scores need."""
+
+    def __init__(self, count: int, seed: int, split: str):
+        self._count, self._seed, self._split = count, seed, split
+
+    def __len__(self) -> int:
+        return self._count * len(TASKS)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self._samples[index]
+
+    def fingerprint(self, index: int) -> str:
+        return f"{index} of {self._count} with seed {self._seed} for {self._split}"
+
+    @functools.cached_property
+    def _samples(self) -> list[Sample]:
+        return [Sample(drawn.task, drawn.prompt, _png(drawn.target), *(None if array is None else _png(array) for array
+                       in (drawn.image, drawn.mask)), tuple(map(_png, drawn.references)), f"{self._split} {drawn.task}",
+                       json.dumps([dataclasses.astuple(thing) for thing in drawn.things]))
+                for task in TASKS for drawn in samples(self._count, task, self._seed, self._split)]
+
+
+def decoded(sample: Sample) -> dict[str, Any]:
+    """The sample's fields with pictures as [h, w, 3] and the mask as [h, w] uint8 arrays."""
+    def array(data: bytes | None, decode: Callable = pictures.decode) -> np.ndarray | None:
+        return None if data is None else decode(data, sample.name)
+    return {"task": sample.task, "prompt": sample.prompt, "detail": sample.detail, "target": array(sample.target),
+            "image": array(sample.image), "mask": array(sample.mask, pictures.decode_mask),
+            "references": tuple(map(array, sample.references))}
+
+
+def _png(picture: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
 
 
 def _losses(workdir: epath.Path) -> dict[str, Any]:

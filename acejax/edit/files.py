@@ -6,7 +6,7 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
-from acejax.data import pictures
+from acejax.data import pictures, written
 from acejax.errors import UserError
 
 _FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
@@ -44,13 +44,7 @@ def write_picture(path: epath.PathLike, picture: np.ndarray) -> None:
     """
     path, buffer = epath.Path(path), io.BytesIO()
     Image.fromarray(picture).save(buffer, picture_format(path))
-    beside = path.parent / f".{path.name}.tmp"
-    try:
-        beside.write_bytes(buffer.getvalue())
-        beside.replace(path)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise UserError(f"{path} cannot be written: {error}") from error
+    written.write(path, buffer.getvalue())
 
 
 def picture_format(path: epath.PathLike) -> str:

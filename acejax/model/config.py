@@ -2,10 +2,12 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jax
-import jax.numpy as jnp
+import numpy as np
+
+if TYPE_CHECKING:  # who only copies weights needs the geometries, and not the second that jax takes to import
+    import jax
 
 ATTENTION = ("auto", "xla", "xla_chunked", "cudnn", "splash")
 REMAT = ("none", "full", "attention")
@@ -185,7 +187,7 @@ def _check_positive(config: Any, but: tuple[str, ...] = ()) -> None:
             raise ValueError(f"{field} is {value}; expected a positive number")
 
 
-def keep(x: jax.Array, kind: str) -> jax.Array:
+def keep(x: "jax.Array", kind: str) -> "jax.Array":
     """The default `Execution.constrain`: leave the activation where the compiler puts it."""
     del kind
     return x
@@ -205,13 +207,13 @@ class Execution:
       constrain: `f(x, kind)` pins an activation's sharding; kind is "hidden" [B, S, D] or "heads" [B, S, H, head_dim].
     """
 
-    dtype: Any = jnp.float32
+    dtype: Any = np.float32
     attention: str = "auto"
     remat: str = "none"
-    constrain: Callable[[jax.Array, str], jax.Array] = keep
+    constrain: "Callable[[jax.Array, str], jax.Array]" = keep
 
     def __post_init__(self):
-        object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
+        object.__setattr__(self, "dtype", np.dtype(self.dtype))
         for field, known in (("attention", ATTENTION), ("remat", REMAT)):
             if getattr(self, field) not in known:
                 raise ValueError(f"Execution.{field} is {getattr(self, field)!r}; known: {', '.join(known)}")
@@ -219,5 +221,7 @@ class Execution:
     @classmethod
     def for_platform(cls, platform: str, **changes: Any) -> "Execution":
         """The fast setting of "gpu", "tpu" or "cpu" (as `jax.default_backend()` names them)."""
+        import jax.numpy as jnp
+
         fast = {"gpu": dict(dtype=jnp.bfloat16, attention="cudnn"), "tpu": dict(dtype=jnp.bfloat16, attention="splash")}
         return cls(**(fast.get(platform, {}) | changes))

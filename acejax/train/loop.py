@@ -24,7 +24,7 @@ from acejax.train.metrics import Writer, summarize
 from acejax.train.optimizer import make_optimizer
 from acejax.train.step import StepConfig, TrainState, init_state, train_step
 
-FREE = ("execution", "mesh", "log_every", "checkpoint_every", "keep_checkpoints")  # how, not what
+FREE = ("execution", "mesh", "reading", "log_every", "checkpoint_every", "keep_checkpoints")  # how, not what
 
 
 def check(config: ml_collections.ConfigDict) -> tuple[Mesh, MMDiTConfig, Execution]:
@@ -40,7 +40,7 @@ def check(config: ml_collections.ConfigDict) -> tuple[Mesh, MMDiTConfig, Executi
     if not 0 <= config.optimizer.warmup < 1:
         raise UserError(f"config.optimizer.warmup is {config.optimizer.warmup}; expected a share below 1 of the steps")
     mesh = meshes.make_mesh(config.mesh)
-    for size in config.data.batch_sizes:
+    for _, size in config.data.batch_sizes:
         rules.check_batch(mesh, size)
     try:
         model = MMDiTConfig(**config.model)
@@ -51,8 +51,9 @@ def check(config: ml_collections.ConfigDict) -> tuple[Mesh, MMDiTConfig, Executi
         execution = Execution(jnp.dtype(how.dtype), how.attention, how.remat, rules.constrain(mesh))
     except (TypeError, ValueError) as error:
         raise UserError(f"config.execution: {error}") from error
-    if model.in_channels != 448:
-        raise UserError(f"config.model.in_channels is {model.in_channels}; the data makes 448 (edit, modify and mask)")
+    if model.in_channels != (made := 448 if config.data.canvas.split else 384):
+        raise UserError(f"config.model.in_channels is {model.in_channels}; with config.data.canvas.split="
+                        f"{config.data.canvas.split} the data makes {made}")
     return mesh, model, execution
 
 
@@ -99,9 +100,8 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike, stream: St
     started = logged = time.time()
     since = start
     bar = tqdm(range(start, stop), initial=start, total=config.steps, unit="step", disable=not sys.stderr.isatty())
-    for step in bar:
-        bucket, batch = stream[step]
-        state, metrics = compiled[bucket](state, put(batch))
+    for step, batch in zip(bar, stream.batches(start, stop, **config.reading), strict=True):
+        state, metrics = compiled[batch.bucket](state, put(batch.arrays))
         waiting.append(metrics)
         done = step + 1
         if done % config.log_every == 0 or done == stop:
@@ -132,7 +132,7 @@ def _compile(state: Any, stream: Stream, start: int, stop: int, put, placement, 
     step = jax.jit(functools.partial(train_step, setting=setting, optimizer=optimizer), donate_argnums=0,
                    out_shardings=(placement, None))
     examples = stream.examples(start, stop)
-    print(f"compiling the training step for {len(examples)} canvas sizes ...", flush=True)
+    print(f"compiling the training step for {len(examples)} numbers of tokens ...", flush=True)
     with concurrent.futures.ThreadPoolExecutor() as pool:
         lowered = {bucket: step.lower(state, put(batch)) for bucket, batch in examples.items()}
         return dict(zip(lowered, pool.map(lambda low: low.compile(), lowered.values()), strict=True))

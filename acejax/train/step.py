@@ -51,27 +51,24 @@ def init_state(setting: StepConfig, optimizer: optax.GradientTransformation) -> 
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
 
-def tokens_of(batch: Batch, noisy: jax.Array, sigma: jax.Array, guidance: float | None) -> Tokens:
-    """A batch's conditions around noisy latents [B, h, w, 16] at noise level sigma [B]."""
-    image, positions = lcu.pack(noisy, batch["edit"], batch["mask"], batch["modify"])
-    full = None if guidance is None else jnp.full(sigma.shape, guidance, jnp.float32)
-    return Tokens(image, positions, batch["text"], batch["pooled"], sigma, full)
-
-
 def loss_fn(params: Any, setting: StepConfig, batch: Batch, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The velocity loss of a batch at random noise and noise levels; guidance is 1, as ACE++ trains."""
+    """The velocity loss of a batch (`acejax.data.stream.Batch`) at random noise and noise levels; guidance is 1, as
+    ACE++ trains.
+    """
     sigma_key, noise_key = jax.random.split(key)
-    x0 = batch["target"]
+    x0 = batch["target"].astype(jnp.float32)
     sigma = flow.sample_sigma(sigma_key, x0.shape[:1], setting.sigma_shift, setting.sigma_spread)
     noise = jax.random.normal(noise_key, x0.shape, jnp.float32)
-    tokens = tokens_of(batch, flow.interpolate(x0, noise, sigma), sigma, 1.0 if setting.config.guidance_embed else None)
+    mask = batch["mask"].astype(jnp.float32) / 255
+    image = lcu.channels(flow.interpolate(x0, noise, sigma), batch["edit"], mask, batch.get("modify"))
+    guidance = jnp.ones_like(sigma) if setting.config.guidance_embed else None
+    tokens = Tokens(image, batch["positions"], batch["text"], batch["pooled"], sigma, guidance, batch["lengths"])
     velocity = apply(setting.config, params, tokens, execution=setting.execution)
 
-    unit = jnp.where(batch["unit"] < 0, setting.references, batch["unit"])  # [B, columns]; the target is the last unit
-    units = jnp.tile(jax.nn.one_hot(unit, setting.references + 1), (1, x0.shape[1] // lcu.PATCH, 1))
-    generated = lcu.patchify(lcu.fold_mask(batch["mask"].astype(jnp.float32))).mean(-1)
-    units = units * (1 + (setting.mask_weight - 1) * generated)[..., None]
-    return flow.loss(velocity, lcu.patchify(flow.target(x0, noise)), units[:, :, None], batch["task"], setting.tasks)
+    unit = jnp.where(batch["unit"] == -1, setting.references, batch["unit"])  # the target is the last unit
+    weight = 1 + (setting.mask_weight - 1) * mask.mean(-1)
+    units = jax.nn.one_hot(unit, setting.references + 1) * weight[..., None]  # [B, S, units]; padding has none
+    return flow.loss(velocity, flow.target(x0, noise), units[:, :, None], batch["task"], setting.tasks)
 
 
 def train_step(state: TrainState, batch: Batch, setting: StepConfig,

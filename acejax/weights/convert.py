@@ -14,10 +14,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import xxhash
-from flax.traverse_util import flatten_dict
 
 from acejax.errors import UserError
-from acejax.weights import keymaps, layout, save
+from acejax.weights import keymaps, layout, save, trees
 from acejax.weights.identify import KINDS, Model, open_model
 from acejax.weights.keymaps import Config
 from acejax.weights.layout import Piece, Shape
@@ -149,7 +148,7 @@ def of_tree(path: pathlib.Path, config: Config, params: Any) -> Model:
     except (TypeError, ValueError) as error:
         raise UserError(f"{path}: the parameters are not those of its config ({error})") from None
     name = next(iter(keymaps.layouts_of(config)))
-    leaves = {key: np.asarray(leaf) for key, leaf in flatten_dict(params, sep="/").items()}
+    leaves = {key: np.asarray(leaf) for key, leaf in trees.flat(params).items()}
     shapes = keymaps.expected(config, name)
     parts = layout.grouped(keymaps.plan_for(config, name), "key")
     return Model(path, config, name, {key: _Made(parts[key], shape, leaves) for key, shape in shapes.items()},

@@ -6,11 +6,10 @@ from typing import Any
 
 import numpy as np
 import xxhash
-from flax.traverse_util import unflatten_dict
 
 from acejax.errors import UserError
 from acejax.model.config import MMDiTConfig
-from acejax.weights import layout, lora_formats, lora_pairs, save
+from acejax.weights import layout, lora_formats, lora_pairs, save, trees
 from acejax.weights.convert import Report, Row, look
 from acejax.weights.layout import Piece
 from acejax.weights.source import FLOATS, NAMES, exists, open_source, same_bits, shown
@@ -32,7 +31,7 @@ def convert_lora(source: pathlib.Path, target: pathlib.Path, to: str, config: MM
     if exists(target):
         raise UserError(f"{target}: is there already; give another place, nothing is overwritten")
     found = lora_formats.read_lora(source, config)
-    lora = unflatten_dict(lora_pairs.from_foreign(config, found.layout, found.pairs), sep="/")
+    lora = trees.nested(lora_pairs.from_foreign(config, found.layout, found.pairs))
     made, metadata = lora_formats.export(config, lora, to, dtype)
     rows = _lora_rows(source, found, made, layout.meet(lora_pairs.kernels(config, found.layout),
                                                        lora_pairs.kernels(config, lora_formats.LAYOUTS[to])))
@@ -42,7 +41,7 @@ def convert_lora(source: pathlib.Path, target: pathlib.Path, to: str, config: MM
         if not all(same_bits(tensor.stored, there[tensor.key][...]) for tensor in made):
             raise UserError(f"{target}: what was written does not read back as it was; is the disk sound?")
         again = lora_formats.read_lora(place, config)
-        back = unflatten_dict(lora_pairs.from_foreign(config, again.layout, again.pairs), sep="/")
+        back = trees.nested(lora_pairs.from_foreign(config, again.layout, again.pairs))
         same = lora_pairs.adds_the_same(config, found.layout, lora, back)
         if not all(same[key] for key in same.keys() - found.roles.keys()):
             raise RuntimeError(f"{target}: would change a layer that {source} leaves alone")

@@ -9,14 +9,11 @@ import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import jax
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
 
-from acejax.model import autoencoder, clip, mmdit, t5
 from acejax.model.config import AutoencoderConfig, CLIPConfig, MMDiTConfig, T5Config
 from acejax.weights import layout as layouts
-from acejax.weights import tables_autoencoder, tables_text
+from acejax.weights import shapes, tables_autoencoder, tables_text, trees
 from acejax.weights.layout import IN, OUT, Copy, Joined, Layout, Shape
 
 # ComfyUI; swift and scepter; BFL and diffusers themselves. The first is what we write.
@@ -97,7 +94,6 @@ DIFFUSERS = Layout({"kernel": "weight", "bias": "bias", "scale": "weight"}, {
 LAYOUTS = {"bfl": BFL, "diffusers": DIFFUSERS}  # of the transformer
 
 Config = MMDiTConfig | AutoencoderConfig | T5Config | CLIPConfig
-_INIT = {MMDiTConfig: mmdit.init, AutoencoderConfig: autoencoder.init, T5Config: t5.init, CLIPConfig: clip.init}
 _LAYOUTS = {MMDiTConfig: lambda config: LAYOUTS, AutoencoderConfig: tables_autoencoder.layouts,
             T5Config: lambda config: tables_text.T5, CLIPConfig: lambda config: tables_text.CLIP}
 
@@ -110,8 +106,15 @@ def layouts_of(config: Config) -> Mapping[str, Layout]:
 @functools.lru_cache(maxsize=64)
 def leaf_shapes(config: Config) -> Mapping[str, Shape]:
     """Our path -> shape, for every leaf of the model's `init(config, key)`; makes no arrays."""
-    tree = jax.eval_shape(lambda: _INIT[type(config)](config, jax.random.key(0)))
-    return {path: leaf.shape for path, leaf in flatten_dict(tree, sep="/").items()}
+    if isinstance(config, MMDiTConfig):
+        return shapes.transformer(config)
+    import jax
+
+    from acejax.model import autoencoder, clip, t5
+
+    init = {AutoencoderConfig: autoencoder.init, T5Config: t5.init, CLIPConfig: clip.init}[type(config)]
+    tree = jax.eval_shape(lambda: init(config, jax.random.key(0)))
+    return {path: leaf.shape for path, leaf in trees.flat(tree).items()}
 
 
 @functools.lru_cache(maxsize=64)
@@ -127,7 +130,7 @@ def expected(config: Config, layout: str) -> dict[str, Shape]:
 
 def check_tree(config: Config, params: Any) -> None:
     """Raises ValueError for a tree that is not the config's."""
-    ours, wanted = flatten_dict(params, sep="/"), leaf_shapes(config)
+    ours, wanted = trees.flat(params), leaf_shapes(config)
     for path in sorted(wanted.keys() | ours.keys()):
         found = ours[path].shape if path in ours else None
         if found != wanted.get(path):
@@ -143,10 +146,10 @@ def tensors(config: Config, params: Any, layout: str, dtype: Any = None) -> Iter
       ValueError: a tree that is not the config's.
     """
     check_tree(config, params)
-    ours, shapes = flatten_dict(params, sep="/"), expected(config, layout)
+    ours, wanted = trees.flat(params), expected(config, layout)
     for key, copies in layouts.grouped(plan_for(config, layout), "key").items():
         stored = dtype or layouts.common(ours[copy.path].dtype for copy in copies)
-        yield key, layouts.tensor(copies, shapes[key], ours, stored)
+        yield key, layouts.tensor(copies, wanted[key], ours, stored)
 
 
 def to_foreign(config: Config, params: Any, layout: str, dtype: Any = None) -> dict[str, np.ndarray]:
@@ -159,7 +162,7 @@ def from_foreign(config: Config, get: Callable[[str], Any], layout: str, dtype: 
 
     `dtype` None keeps the stored one; where a leaf's tensors differ, the dtype that holds them all.
     """
-    shapes = leaf_shapes(config)
-    made = {path: layouts.leaf(copies, shapes[path], get, dtype or layouts.dtype_of(copies, get))
+    wanted = leaf_shapes(config)
+    made = {path: layouts.leaf(copies, wanted[path], get, dtype or layouts.dtype_of(copies, get))
             for path, copies in layouts.grouped(plan_for(config, layout), "path").items()}
-    return unflatten_dict(made, sep="/")
+    return trees.nested(made)

@@ -13,7 +13,6 @@ import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 Shape = tuple[int, ...]
@@ -252,7 +251,12 @@ def dtype_of(copies: Iterable[Copy], get: Callable[[str], Any]) -> np.dtype:
 
 def common(dtypes: Iterable[Any]) -> np.dtype:
     """The dtype that holds them all."""
-    return np.dtype(functools.reduce(jnp.promote_types, dtypes))
+    kinds = sorted({np.dtype(dtype) for dtype in dtypes}, key=str)
+    if len(kinds) == 1:
+        return kinds[0]
+    import jax.numpy as jnp  # numpy alone knows no common dtype of the short floats
+
+    return np.dtype(functools.reduce(jnp.promote_types, kinds))
 
 
 def _index(leaf: str, shape: Shape, i: int | None, k: int | None) -> tuple[tuple[int | slice, ...], Shape]:

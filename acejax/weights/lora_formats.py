@@ -21,16 +21,13 @@ import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import unflatten_dict
 
 from acejax.errors import UserError
 from acejax.model.config import MMDiTConfig
-from acejax.model.mmdit import Params
-from acejax.weights import keymaps, lora_pairs, pickles
+from acejax.weights import keymaps, lora_pairs, pickles, trees
 from acejax.weights.layout import grouped
-from acejax.weights.lora_pairs import Pair
+from acejax.weights.lora_pairs import Pair, Params
 from acejax.weights.save import save_tensors
 from acejax.weights.source import FLOATS, NAMES, PICKLES, Source, open_source, shown
 
@@ -104,8 +101,10 @@ def load_lora(path: str | os.PathLike, config: MMDiTConfig, scale: float = 1.0, 
     """
     found = read_lora(path, config)
     leaves = lora_pairs.from_foreign(config, found.layout, found.pairs, scale)
-    return unflatten_dict({name: jnp.asarray(leaf, None if name.endswith("/scale") else dtype)
-                           for name, leaf in leaves.items()}, sep="/")
+    import jax.numpy as jnp
+
+    return trees.nested({name: jnp.asarray(leaf, None if name.endswith("/scale") else dtype)
+                         for name, leaf in leaves.items()})
 
 
 def save_lora(path: str | os.PathLike, config: MMDiTConfig, lora: Params, layout: str = "comfy",

@@ -8,15 +8,15 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
-from flax.traverse_util import flatten_dict
 
 from acejax.model.config import MMDiTConfig
-from acejax.model.mmdit import Params
-from acejax.weights import keymaps
+from acejax.weights import keymaps, trees
 from acejax.weights.layout import Copy, common, grouped
 
+Params = dict[str, Any]
 Pair = tuple[np.ndarray, np.ndarray, np.ndarray]  # down [r, in], up [out, r], scale [r] float32
 
 
@@ -58,7 +58,7 @@ def to_foreign(config: MMDiTConfig, layout: str, lora: Params) -> Iterator[tuple
     Raises:
       ValueError: a LoRA for a layer that the config does not have.
     """
-    ours = {name: np.asarray(leaf) for name, leaf in flatten_dict(lora, sep="/").items()}
+    ours = {name: np.asarray(leaf) for name, leaf in trees.flat(lora).items()}
     copies, shapes = kernels(config, layout), keymaps.expected(config, layout)
     unknown = sorted({name.rpartition("/")[0] for name in ours} - {module_of(copy) for copy in copies})
     if unknown:
@@ -75,7 +75,7 @@ def adds_the_same(config: MMDiTConfig, layout: str, one: Params, other: Params) 
 
     Ranks that add nothing do not count: a file of another layout needs them where its modules share one A.
     """
-    first, second = flatten_dict(one, sep="/"), flatten_dict(other, sep="/")
+    first, second = trees.flat(one), trees.flat(other)
     return {key: all(np.array_equal(mine, theirs) for copy in copies
                      for mine, theirs in zip(_added(copy, first), _added(copy, second), strict=True))
             for key, copies in grouped(kernels(config, layout), "key").items()}

@@ -14,11 +14,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from flax.traverse_util import flatten_dict
 
 from acejax.errors import UserError
 from acejax.model.config import AutoencoderConfig, MMDiTConfig
-from acejax.weights import geometry, keymaps, layout
+from acejax.weights import geometry, keymaps, layout, trees
 from acejax.weights.keymaps import Config
 from acejax.weights.source import NAMES, Stored, exists
 
@@ -89,7 +88,7 @@ def write_tensors(place: pathlib.Path, tensors: Mapping[str, np.ndarray], metada
 
 
 def _entries(config: Config, params: Any, name: str, dtype: Any) -> list[Entry]:
-    ours = flatten_dict(params, sep="/")
+    ours = trees.flat(params)
     shapes, prefix = keymaps.expected(config, name), keymaps.layouts_of(config)[name].prefixes[0]
     return [Entry(prefix + key, np.dtype(dtype or layout.common(ours[copy.path].dtype for copy in copies)), shapes[key])
             for key, copies in layout.grouped(keymaps.plan_for(config, name), "key").items()]

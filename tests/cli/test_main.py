@@ -46,7 +46,7 @@ def place(tmp_path, monkeypatch):
 EDIT = "edit --demo --out=out.png "
 CONFIG = f"--config={ROOT / 'configs' / 'demo.py'} "
 MISTAKES = [
-    ("nosuch", "no command 'nosuch'; the commands are demo, train, edit, convert, bench"),
+    ("nosuch", "no command 'nosuch'; the commands are demo, train, edit, convert, data, bench"),
     ("edit --prompt=x", "add --demo"),
     (EDIT, "--prompt is missing"),
     ("edit --demo --prompt=x", "--out is missing"),
@@ -84,7 +84,7 @@ MISTAKES = [
     ("convert lora.safetensors o.safetensors --to bfl", "found a LoRA; expected --to comfy or diffusers"),
     ("convert lora.safetensors o.safetensors --to comfy", "has shape (4, 8); expected (4, 3072)"),
     ("convert black-forest-labs/FLUX.1-dev o --to diffusers", "no such path here, and the hub cannot be reached"),
-    ("train --workdir=run", "--config=FILE.py is missing; configs that come with acejax: demo.py"),
+    ("train --workdir=run", "--config=FILE.py is missing; configs that come with acejax: ace_plus.py, demo.py"),
     ("train --config=nosuch.py --workdir=run", "config file nosuch.py is not there"),
     (f"train {CONFIG}", "--workdir=DIR is missing"),
     (f"train {CONFIG} --workdir=run --config.nosuch=1", "no such config field: nosuch"),
@@ -93,8 +93,8 @@ MISTAKES = [
     (f"train {CONFIG} --workdir=run --config.model.num_heads=3", "config.model: hidden_size 128 is not a multiple"),
     (f"train {CONFIG} --workdir=run --config.mesh.fsdp=7", "does not make up"),
     (f"train {CONFIG} --workdir=run --config.model.depth=0", "config.model: depth is 0; expected a positive number"),
-    (f"train {CONFIG} --workdir=run --config.model.in_channels=384", "in_channels is 384; the data makes 448"),
-    (f"train {CONFIG} --workdir=run --config.data.batch_sizes=(8,8)", "three batch sizes"),
+    (f"train {CONFIG} --workdir=run --config.model.in_channels=384", "canvas.split=True the data makes 448"),
+    (f"train {CONFIG} --workdir=run --config.data.batch_sizes=((16,8),)", "for 16, 32 and 48 tokens"),
     (f"train {CONFIG} --workdir=run --config.data.source=mine", "there is 'demo', the built-in pictures"),
     (f"train {CONFIG} --workdir=out.png", "workdir out.png cannot be written"),
     (f"demo {CONFIG} --workdir=run --config.evaluate.held=0", "at least 2 samples"),

@@ -38,9 +38,11 @@ def main() -> None:
     def array(*shape, dtype=jnp.float32):
         return jax.ShapeDtypeStruct((DEVICES, *shape), dtype, sharding=rules.batch_sharding(mesh))
 
-    latents = {name: array(64, 256, 16) for name in ("edit", "modify", "target")}
-    batch = latents | {"mask": array(512, 2048, 1, dtype=jnp.uint8), "unit": array(128, dtype=jnp.int8),
-                       "text": array(512, 4096), "pooled": array(768), "task": array(dtype=jnp.int32)}
+    latents = {name: array(4096, 64, dtype=jnp.bfloat16) for name in ("edit", "modify", "target")}
+    batch = latents | {"mask": array(4096, 256, dtype=jnp.uint8), "unit": array(4096, dtype=jnp.int8),
+                       "positions": array(4096, 3, dtype=jnp.int32), "lengths": array(dtype=jnp.int32),
+                       "text": array(512, 4096, dtype=jnp.bfloat16), "pooled": array(768, dtype=jnp.bfloat16),
+                       "task": array(dtype=jnp.int32)}
     step = jax.jit(functools.partial(train_step, setting=setting, optimizer=optimizer), donate_argnums=0,
                    out_shardings=(placed, None))
     memory = step.lower(state, batch).compile().memory_analysis()

@@ -3,14 +3,46 @@
 import numpy as np
 
 from acejax.cli.config import folder
-from acejax.data.stream import Stage, Stream
+from acejax.data.schedule import Stage
+from acejax.data.stream import Stream
 
 MODEL = {"hidden_size": 32, "num_heads": 2, "depth": 1, "depth_single_blocks": 1, "axes_dim": (4, 6, 6),
          "context_in_dim": 8, "vec_in_dim": 8}
 STEPS = 20
+SIZES = ((4, 16), (8, 8), (12, 8))  # samples of a batch by number of tokens
 
 
-def make_config(batch_sizes: tuple[int, ...] = (16, 8, 8)):
+class Table:
+    """Random features in memory: task "a" and "b" without a reference, "r" with one, "s" with two."""
+
+    tasks, datasets = ("a", "b", "r", "s"), ("small",)
+
+    def __init__(self, count: int = 40):
+        rng = np.random.default_rng(0)
+        self.task = np.repeat(np.arange(4, dtype=np.int32), count)
+        self.references = np.repeat([0, 0, 1, 2], count)
+        self.dataset = np.zeros_like(self.task)
+        self.tokens = 4 * (1 + self.references)
+        self._rows = [self._row(rng, *pair) for pair in zip(self.task, self.references, strict=True)]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def fetch(self, index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        return self._rows[index]
+
+    @staticmethod
+    def _row(rng: np.random.Generator, task: int, references: int) -> dict[str, np.ndarray]:
+        tokens, columns = 4 * (1 + references), 2 * (1 + references)
+        latents = {name: rng.standard_normal((tokens, 64)).astype(np.float32) for name in ("edit", "modify", "target")}
+        grid = np.indices((1, 2, columns)).reshape(3, -1).T.astype(np.int32)
+        unit = np.tile(np.repeat([*range(references), -1], 2).astype(np.int8), 2)
+        return latents | {"mask": 255 * rng.integers(0, 2, (tokens, 256)).astype(np.uint8), "positions": grid,
+                          "unit": unit, "text": rng.standard_normal((3, 8)).astype(np.float32),
+                          "pooled": rng.standard_normal(8).astype(np.float32), "task": task}
+
+
+def make_config(batch_sizes: tuple[tuple[int, int], ...] = SIZES):
     """configs/demo.py with the tiny model, logging every step."""
     namespace = {}
     exec((folder() / "demo.py").read_text(), namespace)
@@ -20,21 +52,10 @@ def make_config(batch_sizes: tuple[int, ...] = (16, 8, 8)):
     return config
 
 
-def make_stream(steps: int = STEPS, batch_sizes: tuple[int, ...] = (16, 8, 8)) -> Stream:
-    """Task "a" and "b" without a reference, "r" with one, "s" with two."""
-    rng = np.random.default_rng(0)
-    tables = {}
-    for task, references in (("a", 0), ("b", 0), ("r", 1), ("s", 2)):
-        width = 4 * (references + 1)
-        shape = (40, 4, width, 16)
-        latents = {name: rng.standard_normal(shape).astype(np.float32) for name in ("edit", "modify", "target")}
-        unit = np.repeat([*range(references), -1], 2).astype(np.int8)
-        tables[task] = latents | {"mask": rng.integers(0, 2, (40, 32, 8 * width, 1)).astype(np.uint8),
-                                  "unit": np.tile(unit, (40, 1)),
-                                  "text": rng.standard_normal((40, 3, 8)).astype(np.float32),
-                                  "pooled": rng.standard_normal((40, 8)).astype(np.float32)}
-    stages = [Stage(steps // 2, {"a": 1, "b": 1}), Stage(steps // 2, {"a": 1, "b": 1, "r": 2, "s": 2})]
-    return Stream(tables, stages, {4 * units: size for units, size in enumerate(batch_sizes, 1)}, seed=3)
+def make_stream(steps: int = STEPS, batch_sizes: tuple[tuple[int, int], ...] = SIZES) -> Stream:
+    """Half of the steps without references."""
+    stages = [Stage(steps // 2, {"a": 1, "b": 1}, 0), Stage(steps // 2, {"a": 1, "b": 1, "r": 1, "s": 1})]
+    return Stream(Table(), stages, [tokens for tokens, _ in batch_sizes], dict(batch_sizes), seed=3)
 
 
 def losses(workdir) -> list[float]:

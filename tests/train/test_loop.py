@@ -104,11 +104,11 @@ import pathlib, sys
 from acejax import UserError
 from acejax.train.loop import train
 from tests.train.small import make_config, make_stream
-config, uneven = make_config(), make_config((16, 12, 8))
+config, uneven = make_config(), make_config(((4, 16), (8, 12), (12, 8)))
 for changed in (config, uneven):
     changed.mesh.update({"data": 2, "fsdp": 4})
 try:
-    train(uneven, pathlib.Path(sys.argv[1]) / "never", make_stream(batch_sizes=(16, 12, 8)))
+    train(uneven, pathlib.Path(sys.argv[1]) / "never", make_stream(batch_sizes=uneven.data.batch_sizes))
 except UserError as error:
     print(error)
 train(config, pathlib.Path(sys.argv[1]) / "run", make_stream())

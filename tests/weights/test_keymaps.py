@@ -3,9 +3,11 @@
 import jax
 import numpy as np
 import pytest
+from flax.core import FrozenDict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 import acejax
-from acejax.weights import keymaps
+from acejax.weights import keymaps, trees
 from tests import judges
 from tests.goldens import cases
 
@@ -61,6 +63,22 @@ def test_full_size_diffusers_has_the_names_of_its_own_class(config):
     named = {key: tuple(tensor.shape) for key, tensor in judge.state_dict().items()}
     assert keymaps.expected(config, "diffusers") == named
     assert len(named) == 1160
+
+
+@pytest.mark.parametrize("config", [
+    acejax.MMDiTConfig.flux_fill(), acejax.MMDiTConfig.tiny(),
+    acejax.MMDiTConfig.tiny(in_channels=64, out_channels=24, depth=2, mlp_ratio=2.5, vec_in_dim=48,
+                            guidance_embed=False)], ids=["fill", "tiny", "odd"])
+def test_the_shapes_are_those_that_init_makes(config):
+    tree = jax.eval_shape(lambda: acejax.init(config, jax.random.key(0)))
+    assert keymaps.leaf_shapes(config) == {path: leaf.shape for path, leaf in flatten_dict(tree, sep="/").items()}
+
+
+def test_trees_are_flattened_as_flax_does():
+    tree = {"a": {"b": 1, "c": {"d": 2}, "empty": {}}, "e": 3}
+    leaves = flatten_dict(tree, sep="/")
+    assert trees.flat(tree) == trees.flat(FrozenDict(tree)) == leaves
+    assert trees.nested(leaves) == unflatten_dict(leaves, sep="/")
 
 
 @pytest.mark.parametrize("change", ["name", "shape"])

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from acejax import UserError
-from acejax.data import cache, dataset
+from acejax.data import dataset, tabulate
 from acejax.demo.surroundings import encode_prompts
 
 
@@ -45,7 +45,7 @@ def test_tabulate_encodes_each_canvas_once(folder):
         calls.append(len(pictures))
         return pictures.reshape(len(pictures), 4, 8, 4, 8, 3).mean((2, 4)).repeat(6, -1)[..., :16]
 
-    table = cache.tabulate(rows, {}, encode_pictures, encode_prompts)["insert"]
+    table = tabulate.tabulate(rows, {}, encode_pictures, encode_prompts)["insert"]
     assert calls == [3, 3, 3], "edit, modify and target, each once"
     assert table["target"].shape == (3, 4, 4, 16) and table["mask"].shape == (3, 32, 32, 1)
     assert set(np.unique(table["mask"])) == {0, 1} and table["unit"].tolist() == [[-1, -1]] * 3

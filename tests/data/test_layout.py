@@ -86,7 +86,8 @@ def test_each_unit_holds_its_own_picture_alone(first):
     for number in range(first, first + 20):
         config, target, references, shares = draw(np.random.default_rng((7, number)), 400, (64, 100, 300))
         shown = [constant(size, colour) for size, colour in zip(references, COLOURS, strict=False)]
-        wanted, image = constant(target, COLOURS[4]), constant(sizes(np.random.default_rng(number), 1, 300, 8), (9,) * 3)
+        wanted = constant(target, COLOURS[4])
+        image = constant(sizes(np.random.default_rng(number), 1, 300, 8), (9,) * 3)
         layout = lay(config, target, references, shares)
         canvases = [training(config, layout, "seen", wanted, image, None, shown),
                     editing(config, image, None, shown, scale=0.0)]

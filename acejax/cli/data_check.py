@@ -33,7 +33,7 @@ def main(argv: list[str]) -> int:
             raise UserError(f"{path}: the folder {epath.Path(path).parent} is not there")
     if args.sheet and epath.Path(args.sheet).suffix.lower() != ".png":
         raise UserError(f"--sheet={args.sheet}: expected the name of a .png file")
-    if (args.batch_size or args.batch_tokens or 1) < 1:
+    if any(batch is not None and batch < 1 for batch in (args.batch_size, args.batch_tokens)):
         raise UserError("--batch_size and --batch_tokens: expected at least 1")
     make = CanvasConfig if args.split else CanvasConfig.lora
     config = make(max_tokens=args.max_tokens, budget=args.budget, parity=args.parity)

@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 from etils import epath
-from tqdm import tqdm
 
 from acejax.data import chunks, encode, store, survey, tiles
 from acejax.data.augment import AugmentConfig
 from acejax.data.encoders import DTYPES, Encoders
 from acejax.data.features import index_path, write_index
 from acejax.data.layout import CanvasConfig
+from acejax.data.progress import Progress
 from acejax.data.sample import Sample
 from acejax.data.store import Store
 from acejax.data.survey import Recipe, Survey
@@ -186,9 +186,9 @@ class _Build:
 
         mine = work.chunks[team.index::team.count]
         count = sum(len(job.tiles) for chunk in mine for job in chunk)
-        with tqdm(total=count, desc=f"{self._name}: pictures", unit=" tiles", mininterval=1) as bar:
+        with Progress(count, f"{self._name}: pictures", "tiles") as progress:
             nbytes = encode.encode_tiles(mine, self._source, self._survey.row, self._recipe, self._encoders.pictures,
-                                         self._cache.batch, self._dtype, self._store, self._threads, bar, broken)
+                                         self._cache.batch, self._dtype, self._store, self._threads, progress, broken)
         for _, told in team.gather(self._folder, f"{self._name}.broken", {}, {"found": sorted(found.items())}):
             self._broken |= {sample: self._broken.get(sample, error) for sample, error in told["found"]}
         self._check({})
@@ -211,9 +211,9 @@ class _Build:
 
         nbytes = 0
         if mine:
-            with tqdm(total=sum(map(len, mine)), desc=f"{self._name}: prompts", unit="", mininterval=1) as bar:
+            with Progress(sum(map(len, mine)), f"{self._name}: prompts", "prompts") as progress:
                 nbytes = encode.encode_prompts(mine, prompt, self._encoders.prompts, self._cache.batch, self._dtype,
-                                               self._store, bar)
+                                               self._store, progress)
         if missing:
             self._team.barrier(f"{self._name} prompts")
         return nbytes

@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from acejax import lcu
 from acejax.data import tiles
 from acejax.data.chunks import GREY, Job
 from acejax.data.encoders import EncodePrompts
 from acejax.data.latents import EncodePictures
+from acejax.data.progress import Progress
 from acejax.data.sample import Sample
 from acejax.data.store import Store
 from acejax.data.survey import Recipe, ahead
@@ -88,7 +88,7 @@ class Batches:
 
 
 def encode_tiles(chunks: Sequence[Sequence[Job]], source: Sequence[Sample], rows: np.ndarray, recipe: Recipe,
-                 encode: EncodePictures, batch: int, dtype: np.dtype, store: Store, threads: int, bar: tqdm,
+                 encode: EncodePictures, batch: int, dtype: np.dtype, store: Store, threads: int, progress: Progress,
                  broken: Callable[[Job, UserError], None]) -> int:
     """Make and write the tiles of jobs; returns the bytes written.
 
@@ -101,7 +101,7 @@ def encode_tiles(chunks: Sequence[Sequence[Job]], source: Sequence[Sample], rows
       dtype: what is stored.
       store: where shards go.
       threads: that decode.
-      bar: gets an update for every tile.
+      progress: gets an update for every tile.
       broken: is told of a job whose pictures can't be decoded.
     """
     kept: Rows = {}
@@ -111,7 +111,7 @@ def encode_tiles(chunks: Sequence[Sequence[Job]], source: Sequence[Sample], rows
         height, width = tokens.shape[1] // lcu.PATCH, tokens.shape[2] // lcu.PATCH
         tokens = lcu.patchify(tokens).reshape(len(tokens), height, width, -1).astype(dtype)
         kept.setdefault(f"latents.{height}x{width}", []).extend(zip(keys, tokens, strict=True))
-        bar.update(len(keys))
+        progress.update(len(keys))
 
     batches = Batches(lambda pictures: encode(np.stack(pictures)), batch, keep)
 
@@ -128,12 +128,12 @@ def encode_tiles(chunks: Sequence[Sequence[Job]], source: Sequence[Sample], rows
             for job, found in zip(chunk, made, strict=False):
                 if isinstance(found, UserError):
                     broken(job, found)
-                    bar.update(len(job.tiles))
+                    progress.update(len(job.tiles))
                     continue
                 for name, key in job.tiles:
                     if name == "mask":
                         kept.setdefault("mask." + "x".join(map(str, found[name].shape)), []).append((key, found[name]))
-                        bar.update()
+                        progress.update()
                     else:
                         batches.add(key, found[name])
             batches.flush()
@@ -143,7 +143,7 @@ def encode_tiles(chunks: Sequence[Sequence[Job]], source: Sequence[Sample], rows
 
 
 def encode_prompts(chunks: Sequence[Sequence[int]], prompts: Callable[[int], tuple[bytes, str]],
-                   encode: EncodePrompts, batch: int, dtype: np.dtype, store: Store, bar: tqdm
+                   encode: EncodePrompts, batch: int, dtype: np.dtype, store: Store, progress: Progress
                    ) -> int:
     """Encode and write prompts (`prompts(number)` gives key and text); returns the bytes written.
 
@@ -156,7 +156,7 @@ def encode_prompts(chunks: Sequence[Sequence[int]], prompts: Callable[[int], tup
         shape = (*text.shape[1:], pooled.shape[1])
         rows = np.concatenate([text.reshape(len(keys), -1), pooled], 1)
         kept.setdefault("text." + "x".join(map(str, shape)), []).extend(zip(keys, rows, strict=True))
-        bar.update(len(keys))
+        progress.update(len(keys))
 
     batches = Batches(encode, batch, keep)
     with Shards(store) as shards:

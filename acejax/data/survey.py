@@ -13,12 +13,12 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import xxhash
-from tqdm import tqdm
 
 from acejax.data import prepare, tiles
 from acejax.data.augment import AugmentConfig
 from acejax.data.layout import CanvasConfig
 from acejax.data.prepare import Plan
+from acejax.data.progress import Progress
 from acejax.data.sample import Sample
 from acejax.data.store import KEY
 from acejax.errors import UserError
@@ -157,10 +157,10 @@ def look(source: Sequence[Sample], rows: Sequence[int], recipe: Recipe, threads:
     tasks: dict[str, int] = {}
     skipped = []
     with concurrent.futures.ThreadPoolExecutor(threads) as pool, \
-            tqdm(total=len(rows), desc=f"{label}: reading headers", unit=" samples", mininterval=1, delay=2) as bar:
+            Progress(len(rows), f"{label}: reading headers", "samples") as progress:
         for row, found in zip(rows, ahead(pool, functools.partial(_visit, source, recipe), rows, 4 * threads),
                               strict=True):
-            bar.update()
+            progress.update()
             if isinstance(found, UserError):
                 skipped.append((int(row), str(found)))
                 continue

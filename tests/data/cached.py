@@ -1,9 +1,12 @@
 """Samples, encoders that count and a build around them, for the tests of the cache.
 
-`python -m tests.data.cached FOLDER SLOW`: a build whose encoder sleeps SLOW seconds a batch, to be killed.
+`python -m tests.data.cached FOLDER KILLS SEED`: builds that are killed at random moments, then one to the end.
 """
 
 import io
+import os
+import random
+import signal
 import sys
 import time
 
@@ -11,7 +14,7 @@ import numpy as np
 import xxhash
 from PIL import Image
 
-from acejax.data import cache, survey
+from acejax.data import cache, chunks
 from acejax.data.augment import AugmentConfig
 from acejax.data.cache import CacheConfig
 from acejax.data.encoders import Encoders
@@ -19,7 +22,7 @@ from acejax.data.features import Features
 from acejax.data.layout import CanvasConfig
 from acejax.data.sample import Sample
 
-CANVAS = CanvasConfig(max_tokens=16)
+CANVAS, AUGMENT = CanvasConfig(max_tokens=16), AugmentConfig()
 
 
 def png(seed: int, height: int, width: int, channels: int = 3) -> bytes:
@@ -74,7 +77,7 @@ class Counting:
 
 
 def build(folder, source, counting: Counting | None = None, canvas: CanvasConfig = CANVAS,
-          augment: AugmentConfig = AugmentConfig(), name: str = "counting", clean=str.strip, seed: int = 0, **config
+          augment: AugmentConfig = AUGMENT, name: str = "counting", clean=str.strip, seed: int = 0, **config
           ) -> tuple[cache.Report, Features]:
     """A build and its features; further fields are CacheConfig's and `max_broken`, `team`, `threads`."""
     more = {field: config.pop(field) for field in ("max_broken", "team", "threads") if field in config}
@@ -91,9 +94,28 @@ def files(folder) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-if __name__ == "__main__":
-    from acejax.data import chunks
+def shards_of(nbytes: int) -> None:
+    """Small ones, so that a build has several."""
+    chunks.SHARD, chunks.PROMPTS = nbytes, 2
 
-    chunks.SHARD, chunks.PROMPTS = 40_000, 2  # several of each
-    print(survey.EDIT, flush=True)  # ready: what follows is killed
-    build(sys.argv[1], samples(24), Counting(float(sys.argv[2])))
+
+def killed(folder: str, kills: int, seed: int) -> int:
+    """Builds in child processes, each killed after a random part of the time that one takes; how many were."""
+    shards_of(20_000)
+    source, moments, hit = samples(24), random.Random(seed), 0
+    slow = 0.02 + 0.01 * kills  # so that there is work left for the last of them
+    for _ in range(kills):
+        child = os.fork()
+        if not child:
+            os.fsync = lambda descriptor: time.sleep(slow)  # some are hit between writing and renaming
+            build(folder, source, Counting(slow))
+            os._exit(0)
+        time.sleep(moments.uniform(0.02, 0.6))
+        os.kill(child, signal.SIGKILL)
+        hit += os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    build(folder, source)
+    return hit
+
+
+if __name__ == "__main__":
+    print(killed(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])))

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import logging
 import sys
 import warnings
 
@@ -39,7 +40,8 @@ def main(argv: list[str]) -> int:
     if is_dataset(args.manifest):
         raise UserError(f"{args.manifest}: found a TFDS dataset; expected a manifest or a folder of pictures")
     found = manifest.read(args.manifest, args.fields, args.prefix)
-    warnings.simplefilter("ignore")  # Pillow's, about metadata; what matters is in the report
+    warnings.simplefilter("ignore")  # Pillow speaks of metadata; what matters is in the report
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)
     files = len({path for row in found.rows for _, path in row.files})
     with tqdm(total=files, unit=" files", desc="checking", disable=not sys.stderr.isatty(), leave=False) as bar:
         report = check(found, config, args.decode, args.seed, bar.update)

@@ -1,7 +1,6 @@
 """`acejax data build MANIFEST --data_dir DIR`: a manifest or a folder of pictures becomes a TFDS dataset."""
 
 import argparse
-import dataclasses
 import json
 import os
 import sys
@@ -31,7 +30,7 @@ def main(argv: list[str]) -> int:
         raise UserError(f"--workers={args.workers}, --shards={args.shards}: expected at least 1")
     found = manifest.read(args.manifest, args.fields, args.prefix)
     faults = [found.told(fault) for fault in found.faults] if args.skip_broken else []
-    source = manifest.Source(dataclasses.replace(found, faults=()) if args.skip_broken else found)
+    source = manifest.Source(found, args.skip_broken)
     start = time.time()
     try:
         with _Bar() as bar:

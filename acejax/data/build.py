@@ -5,7 +5,6 @@ which files are done. The dataset is there when `dataset_info.json` is, which is
 """
 
 import contextlib
-import dataclasses
 import json
 import pathlib
 import re
@@ -99,6 +98,7 @@ def _job(folder: epath.Path, name: str, split: str, source: Sequence[Sample], sh
         raise UserError(f"{folder}: split {split!r} is there already, and was not built by acejax; give another name "
                         "or data_dir")
     begun = done if there else _read_json(plan)
+    shards = shards and min(shards, len(source))
     job = Job(str(folder), name, split, source, len(begun["fingerprints"]) if begun else shards or _shards(source),
               skip_broken)
     now = {"samples": len(source), "source": _described(source), "fingerprints": fingerprints(job)}
@@ -143,15 +143,22 @@ def fingerprints(job: Job) -> list[str]:
         tell = getattr(job.source, "fingerprint", None)
         for index in samples if tell or whole else sorted({samples.start, samples.stop - 1} & {*samples}):
             try:
-                parts = tell(index) if tell else dataclasses.astuple(job.source[index])
+                parts = [tell(index).encode()] if tell else _content(job.source[index])
             except UserError as error:  # its picture may be mended before the next run
                 if not job.skip_broken:
                     raise
-                parts = str(error)
-            digest.update(repr(parts))
+                parts = [str(error).encode()]
+            for part in parts:
+                digest.update(part)
         return digest.hexdigest()
 
     return [one(shard) for shard in range(job.shards)]
+
+
+def _content(sample: Sample) -> Iterator[bytes]:
+    pictures = [data or b"" for data in (sample.target, sample.image, sample.mask, *sample.references)]
+    yield repr((sample.task, sample.prompt, sample.detail, [len(data) for data in pictures])).encode()
+    yield from pictures
 
 
 def _shards(source: Sequence[Sample]) -> int:
@@ -271,7 +278,7 @@ def _alone(folder: epath.Path) -> Iterator[None]:
                     raise UserError(f"{folder}: another build is at work there") from None
                 except OSError:  # a file system without locks
                     pass
-            for left in building.glob("*.part"):
+            for left in (*building.glob("*.part"), *building.glob(".*.tmp")):
                 left.unlink(missing_ok=True)
             try:
                 yield

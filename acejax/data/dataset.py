@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
-from tensorflow_datasets.proto import tf_example_pb2
+from tensorflow_datasets.proto import tf_example_pb2, tf_feature_pb2
 
 from acejax.data.dataset_folder import find
 from acejax.data.sample import Sample
@@ -106,7 +106,7 @@ class Source(Sequence):
     def __reduce__(self):
         return Source, self._arguments
 
-    def _value(self, feature: tf_example_pb2.tf__feature__pb2.Feature, column: str) -> Sequence[bytes]:
+    def _value(self, feature: tf_feature_pb2.Feature, column: str) -> Sequence[bytes]:
         if column in self._labels:
             return [self._labels[column].int2str(number).encode() for number in feature.int64_list.value]
         return feature.bytes_list.value
@@ -177,7 +177,7 @@ def _records(folder: str, builder: tfds.core.DatasetBuilder, split: str) -> Sequ
         records = builder.as_data_source(split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
     except NotImplementedError:
         raise UserError(f"{folder}: is stored as {builder.info.file_format.value}, which has no random access; "
-                        "expected array_record: `tfds build --file_format=array_record` or `tfds convert_format`") from None
+                        "expected array_record: `tfds build --file_format=array_record`") from None
     except (ValueError, AssertionError) as error:
         raise UserError(f"{folder}: split {split!r}: {_first_line(error)}") from error
     there = {file.name for file in epath.Path(folder).iterdir()}

@@ -22,7 +22,7 @@ from typing import Any
 from array_record.python import array_record_module
 from etils import epath
 
-from acejax.data import pictures
+from acejax.data import pictures, written
 from acejax.data.dataset import serialize
 from acejax.data.dataset_folder import BUILDING
 from acejax.data.sample import Sample
@@ -77,7 +77,7 @@ def write(job: Job, todo: Sequence[int], workers: int, progress: Progress) -> No
         for shard in todo:
             write_shard(job, shard, progress)
         return
-    context = multiprocessing.get_context("spawn")  # jax's threads do not survive a fork
+    context = _context()
     counts = context.Array("q", 3)  # samples, bytes, whether to stop
     try:
         pickle.dumps(job.source)
@@ -132,9 +132,7 @@ def write_shard(job: Job, shard: int, progress: Progress) -> None:
 
 def write_json(path: epath.Path, content: Any) -> None:
     """Whole or not at all."""
-    place = path.with_name(f"{path.name}.part")
-    place.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-    place.replace(path)
+    written.write(path, json.dumps(content, indent=1).encode() + b"\n")
 
 
 def _add(job: Job, index: int, writer: Any, note: Note, progress: Progress) -> None:
@@ -212,6 +210,15 @@ def _told(counts: Any, progress: Progress) -> Iterator[Callable[[], None]]:
         yield tell
     finally:
         tell()
+
+
+def _context() -> multiprocessing.context.BaseContext:
+    """Workers fork off a server that has imported this file once; jax's threads would not survive a fork of ours."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
 
 
 _work: tuple[Job, Any] | None = None  # of a worker process

@@ -44,12 +44,14 @@ def serialize(sample: Sample) -> bytes:
     """
     def listed(picture: bytes | None) -> list[bytes]:
         return [] if picture is None else [picture]
-    example = {"task": sample.task, "prompt": sample.prompt, "target": sample.target, "image": listed(sample.image),
-               "mask": listed(sample.mask), "references": list(sample.references), "detail": sample.detail}
-    try:  # deterministic: two builds have the same bytes
-        return _SERIALIZER.get_tf_example(FEATURES.encode_example(example)).SerializeToString(deterministic=True)
+    try:
+        texts = {field: getattr(sample, field).encode() for field in TEXTS}
     except UnicodeEncodeError as error:  # half a surrogate pair, as careless JSON has it
         raise UserError(f"{sample.name}: text that is no valid unicode: {error.object[:80]!r}") from None
+    example = FEATURES.encode_example(texts | {
+        "target": sample.target, "image": listed(sample.image), "mask": listed(sample.mask),
+        "references": list(sample.references)})
+    return _SERIALIZER.get_tf_example(example).SerializeToString(deterministic=True)  # two builds: the same bytes
 
 
 def read(path: epath.PathLike, split: str = "train", fields: Mapping[str, str | None] | None = None) -> "Source":

@@ -1,7 +1,12 @@
 """Building a dataset: in parallel, cut off and gone on with, and every mistake in one message."""
 
+import dataclasses
+import fcntl
 import json
+import pathlib
+import resource
 import time
+from collections.abc import Sequence
 
 import pytest
 
@@ -56,7 +61,7 @@ def test_parallel_equals_serial_and_is_said(pairs, whole, tmp_path, capsys):
     folder = tmp_path / "out" / "condition_units" / "1.0.0"
     assert files(folder) == whole
     said, report = capsys.readouterr().out, json.loads((tmp_path / "r.json").read_text())
-    assert f"{folder}, split train: 24 samples in 6 files" in said and f"as_data_source('train')" in said
+    assert f"{folder}, split train: 24 samples in 6 files" in said and "as_data_source('train')" in said
     assert report["wrote_samples"] == report["records"] == 24 and report["skipped"] == []
     assert data_build.main(["--data_dir", str(tmp_path / "out"), str(pairs)]) == 0
     assert "was there already" in capsys.readouterr().out
@@ -107,12 +112,11 @@ def test_what_is_done_is_not_done_again(pairs, whole, tmp_path):
             build(tmp_path, {"train": source}, shards=6)
     finally:
         target.write_bytes(data)
-    before = {file.name: file.stat().mtime for file in folder.glob("*array_record*")}
-    assert len(before) == 3
+    assert len(list(folder.glob("*array_record*"))) == 3
     calls = []
     build(tmp_path, {"train": source}, shards=6, progress=lambda *told: calls.append(told))
     assert calls[0] == ("train", 12, 24, 0) and calls[-1][:3] == ("train", 24, 24)
-    assert all((folder / name).stat().st_mtime for name in before) and files(folder) == whole
+    assert files(folder) == whole
     assert not (folder / BUILDING).exists()
 
 
@@ -157,10 +161,124 @@ def test_splits_are_added_and_the_others_stay(tmp_path):
     assert build(tmp_path, {"train": ROWS[:8], "test": ROWS[9:12]}) == folder
 
 
-def test_memory_is_flat(tmp_path):
-    """Samples of 1 MB, 32 times what may be held."""
-    class Large(list):
-        def __getitem__(self, index):
-            return drawn.Sample("t", "p", PNG + bytes(10**6), name=str(index))
+def test_a_bucket(bucket, whole, pairs, tmp_path, monkeypatch):
+    """array_record reads gs:// by itself, in the cloud alone; here what was copied there is compared."""
+    source = manifest.Source(manifest.read(pairs))
+    told = []
+    monkeypatch.setattr(shards.shutil, "copyfileobj", refuse_after(3))
+    with pytest.raises(UserError, match="train.array_record-00003-of-00006: cannot be written .the network is gone"):
+        build(bucket, {"train": source}, shards=6)
+    monkeypatch.undo()
+    folder = build(bucket, {"train": source}, shards=6, progress=lambda *now: told.append(now))
+    assert str(folder) == "gs://pictures/condition_units/1.0.0" and told[0][1] == 12
+    assert files(folder) == whole
 
-    PNG = drawn.picture(drawn.np.random.default_rng(0), kind="BMP")
+
+def refuse_after(times, copy=shards.shutil.copyfileobj):
+    left = [times]
+
+    def copyfileobj(*args):
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError("the network is gone")
+        return copy(*args)
+    return copyfileobj
+
+
+def limited_build(data_dir, megabytes, answer):
+    """A disk that is full after some bytes of a file."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (megabytes << 20, megabytes << 20))
+    try:
+        build(data_dir, {"train": [drawn.Sample("t", "p", LARGE, name="large")] * 10}, shards=2)
+    except UserError as error:
+        answer.put(str(error))
+
+
+LARGE = drawn.picture(drawn.np.random.default_rng(0), 900, 900)
+
+
+def test_a_place_that_cannot_be_written_is_one_message(tmp_path):
+    context = shards._context()
+    answer = context.Queue()
+    run = context.Process(target=limited_build, args=(tmp_path, 1, answer))
+    run.start()
+    assert "array_record-00000-of-00002: cannot be written (" in (said := answer.get(timeout=60)), said
+    assert "the same command goes on" in said and "\n" not in said and "oo large" in said
+    run.join()
+    assert not list(tmp_path.rglob("*.part"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"file/x/condition_units/1.0.0: cannot be written \(Not a directory\)"):
+        build(tmp_path / "file" / "x", {"train": ROWS})
+
+
+def memory_build(data_dir, number, answer):
+    """Build from `number` samples of half a megabyte; the most memory held after the first 20 and at the end."""
+    def resident():
+        return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+    held = []
+    build(data_dir, {"train": Large(number)}, shards=2, progress=lambda *_: held.append(resident()))
+    answer.put((max(held[:20]), max(held)))
+
+
+class Large(Sequence):
+    def __init__(self, number):
+        self.number = number
+
+    def __len__(self):
+        return self.number
+
+    def __getitem__(self, index):
+        return drawn.Sample("t", "p", LARGE, LARGE[:], name=str(index))
+
+    def fingerprint(self, index):
+        return str(index)
+
+
+def test_memory_is_flat(tmp_path):
+    context = shards._context()
+    answer = context.Queue()
+    run = context.Process(target=memory_build, args=(tmp_path, count(60, 3000), answer))
+    run.start()
+    early, most = answer.get(timeout=300)
+    run.join()
+    assert most - early < 40e6, f"{early / 1e6:.0f} MB grew to {most / 1e6:.0f} MB"
+
+
+def test_wrong_arguments_are_named(pairs, tmp_path):
+    for name, value, message in (
+            ("data_dir", "s3://bucket", "array_record reads local disks and gs:// only"),
+            ("name", "Mine", "name 'Mine': expected small letters"), ("version", "1", "version '1': expected three"),
+            ("split", "a/b", "split 'a/b': expected letters"), ("split", "all", "split 'all'"),
+            ("workers", "0", "--workers=0"), ("shards", "0", "--shards=0: expected at least 1"),
+            ("json", f"{tmp_path}/no/f.json", "its folder is not there")):
+        with pytest.raises(UserError, match=message):
+            data_build.main([str(pairs), f"--data_dir={tmp_path}", f"--{name}={value}"])
+    with pytest.raises(UserError, match="split 'train': no samples in its source"):
+        build(tmp_path, {"train": []})
+    with pytest.raises(UserError, match="a source that cannot be pickled .* workers=1"):
+        build(tmp_path, {"train": type("Mine", (list,), {})(ROWS)}, shards=3, workers=2)
+    with pytest.raises(UserError, match="pairs:1: text that is no valid unicode"):
+        build(tmp_path / "u", {"train": [dataclasses.replace(ROWS[0], prompt="\ud83d")]})
+
+
+def test_two_builds_at_once_are_refused(tmp_path):
+    folder = build(tmp_path, {"train": ROWS[:2]})
+    (folder / BUILDING).mkdir()
+    with (folder / BUILDING / "lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another build is at work there"):
+            build(tmp_path, {"test": ROWS[:2]})
+    assert len(dataset.read(folder)) == 2
+
+
+def test_a_dataset_of_another_program_is_left_alone(tmp_path):
+    folder = build(tmp_path, {"train": ROWS[:2]})
+    (folder / "acejax_build.json").unlink()
+    with pytest.raises(UserError, match="is there already, and was not built by acejax"):
+        build(tmp_path, {"train": ROWS[:2]})
+    features = folder / "features.json"
+    features.write_text(features.read_text().replace("references", "others"))
+    with pytest.raises(UserError, match="a TFDS dataset with other features is there"):
+        build(tmp_path, {"test": ROWS[:2]})
+    assert len(list(folder.glob("*array_record*"))) == 1

@@ -53,9 +53,8 @@ def main(argv: list[str]) -> int:
 
 def told(report: dict) -> str:
     """The report for people."""
-    over = 100 * (report["bytes"] / max(report["pictures"], 1) - 1)
     lines = [f"{report['folder']}, split {report['split']}: {report['records']:,} samples in {report['files']} files, "
-             f"{_size(report['bytes'])} ({over:.1f} % more than the pictures)"]
+             f"{_size(report['bytes'])} of which the pictures are {_size(report['pictures'])}"]
     if report["wrote_samples"]:
         lines.append(f"wrote {report['wrote_samples']:,} samples in {report['seconds']:,.1f} s, "
                      f"{report['wrote_samples'] / max(report['seconds'], 1e-9):,.0f} a second")

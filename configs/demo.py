@@ -23,6 +23,7 @@ def get_config() -> ConfigDict:
                        "reference_height": (1.0, 1.0), "editing_height": 1.0},
             "batch_sizes": ((16, 16), (32, 8), (48, 8)),  # samples of a batch by number of tokens: 0, 1, 2 references
         },
+        "reading": {"threads": 1, "workers": 0, "ahead": 4},  # threads, or processes; batches made ahead
         # ACE++ has 1, 0 and 1: a plain mean over the canvas, noise levels in the middle. A small model on 64 pixels
         # learns several times faster where it looks at what is generated, and at high noise, where text decides.
         "loss": {"mask_weight": 4.0, "sigma_shift": 1.2, "sigma_spread": 1.5},

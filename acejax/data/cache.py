@@ -17,7 +17,7 @@ EncodePrompts = Callable[[Sequence[str]], tuple[np.ndarray, np.ndarray]]
 
 
 def canvas_of(record: Mapping, scales: Mapping[str, float]) -> Canvas:
-    """The training canvas of a record of `acejax.data.dataset`; `scales` is the repainting scale of each task."""
+    """The training canvas of a record (a sample's fields, decoded); `scales` is the repainting scale of each task."""
     config = CanvasConfig(scale=1.0, scales=scales, reference_height=(1.0, 1.0))
     references = [reference.shape[:2] for reference in record["references"]]
     layout = lay(config, record["target"].shape[:2], references, [1.0] * len(references))

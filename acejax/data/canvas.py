@@ -112,7 +112,8 @@ def contents(canvas: Canvas) -> Contents:
     target = None
     if canvas.target is not None:
         shown = canvas.present.copy()
-        shown[:, -canvas.widths[-1]:] = True
+        if not canvas.joined:  # there the target is present already, and a reference reaches beyond its unit
+            shown[:, -canvas.widths[-1]:] = True
         target = normalize(canvas.target) * shown[..., None]
     if not canvas.split:
         return Contents(content, None, mask, target)

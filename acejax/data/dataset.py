@@ -1,109 +1,194 @@
-"""ACE++ samples as a TFDS dataset: array_record files with encoded pictures, written and read without TensorFlow.
+"""ACE++ samples in a TFDS dataset: what is stored, and reading it without TensorFlow and without decoding.
 
-Any TFDS dataset with these features can be trained on:
+Any TFDS dataset can be trained on whose features give a target picture and a prompt (`read`); `acejax.data.build`
+writes them as FEATURES has them:
   task, prompt: text
   target: picture
-  image, mask: sequences of no or one picture (the one to edit; 255 in the mask = generate)
+  image, mask: sequences of no or one picture (the one to edit; white in the mask = generate)
   references: sequence of pictures
-  detail: text, free (the built-in pictures keep there what their scores need)
+  detail: text, free
 """
 
-import contextlib
-import io
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+import operator
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
-from PIL import Image
+from tensorflow_datasets.proto import tf_example_pb2, tf_feature_pb2
 
+from acejax.data.dataset_folder import find
+from acejax.data.sample import Sample
 from acejax.errors import UserError
 
-PICTURE = tfds.features.Image(shape=(None, None, 3), encoding_format="png")
-MASK = tfds.features.Image(shape=(None, None, 1), encoding_format="png")
-FEATURES = {
+# No encoding_format: pictures stay the JPEG, PNG, WebP ... that they are.
+PICTURE = tfds.features.Image(shape=(None, None, 3))
+MASK = tfds.features.Image(shape=(None, None, 1))
+FEATURES = tfds.features.FeaturesDict({
     "task": tfds.features.Text(), "prompt": tfds.features.Text(), "target": PICTURE,
     "image": tfds.features.Sequence(PICTURE), "mask": tfds.features.Sequence(MASK),
-    "references": tfds.features.Sequence(PICTURE), "detail": tfds.features.Text()}
+    "references": tfds.features.Sequence(PICTURE), "detail": tfds.features.Text()})
 
-Record = dict[str, Any]
-
-
-class ConditionUnits(tfds.core.GeneratorBasedBuilder):
-    """Writes records (`record`) split by split."""
-
-    VERSION = tfds.core.Version("1.0.0")
-
-    def __init__(self, splits: Mapping[str, Callable[[], Iterable[Record]]], **kwargs):
-        self._splits = splits
-        super().__init__(file_format="array_record", **kwargs)
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(FEATURES))
-
-    def _split_generators(self, dl_manager):
-        return {name: self._generate_examples(make) for name, make in self._splits.items()}
-
-    def _generate_examples(self, make: Callable[[], Iterable[Record]]) -> Iterator[tuple[int, Record]]:
-        yield from enumerate(make())
+TEXTS = ("task", "prompt", "detail")
+PICTURES = ("target", "image", "mask", "references")
+REQUIRED = ("target", "prompt")
 
 
-def record(task: str, prompt: str, target: np.ndarray, image: np.ndarray | None = None,
-           mask: np.ndarray | None = None, references: Sequence[np.ndarray] = (), detail: str = "") -> Record:
-    """One sample as TFDS wants it: uint8 pictures [h, w, 3] and mask [h, w] become PNG bytes."""
-    def listed(array):
-        return [] if array is None else [_png(array)]
-    return {"task": task, "prompt": prompt, "target": _png(target), "image": listed(image), "mask": listed(mask),
-            "references": [_png(reference) for reference in references], "detail": detail}
-
-
-def build(data_dir: epath.PathLike, splits: Mapping[str, Callable[[], Iterable[Record]]]) -> epath.Path:
-    """Write the dataset below `data_dir` (nothing is done where it stands already); returns its folder."""
-    builder = ConditionUnits(splits, data_dir=str(data_dir))
-    tfds.disable_progress_bar()  # they are many, and short
-    with contextlib.redirect_stdout(None):  # TFDS tells of a download that there is not
-        builder.download_and_prepare()
-    return epath.Path(builder.data_dir)
-
-
-def read(folder: epath.PathLike, split: str) -> Sequence[Record]:
-    """A split of the dataset in `folder`, with random access; pictures decoded to uint8 arrays, text to str.
+def serialize(sample: Sample) -> bytes:
+    """The sample as TFDS stores it: a tf.train.Example with the pictures' bytes as they are.
 
     Raises:
-      UserError: no dataset there, or no such split.
+      UserError: text that is no valid unicode.
     """
+    def listed(picture: bytes | None) -> list[bytes]:
+        return [] if picture is None else [picture]
     try:
-        builder = tfds.builder_from_directory(str(folder))
-    except Exception as error:
-        raise UserError(f"{folder}: no TFDS dataset can be read there ({error})") from error
-    if split not in builder.info.splits:
-        raise UserError(f"{folder}: no split {split!r}; it has {', '.join(builder.info.splits)}")
-    return _Decoded(builder.as_data_source(split=split))
+        return FEATURES.serialize_example({
+            "task": sample.task, "prompt": sample.prompt, "target": sample.target, "image": listed(sample.image),
+            "mask": listed(sample.mask), "references": list(sample.references), "detail": sample.detail})
+    except UnicodeEncodeError as error:  # half a surrogate pair, as careless JSON has it
+        raise UserError(f"{sample.name}: text that is no valid unicode: {error.object[:80]!r}") from None
 
 
-class _Decoded(Sequence):
-    """A data source whose text is str and whose absent pictures are None."""
+def read(path: epath.PathLike, split: str = "train", fields: Mapping[str, str | None] | None = None) -> "Source":
+    """The samples of a TFDS dataset in array_record, with random access.
 
-    def __init__(self, source):
-        self._source = source
+    Args:
+      path: the dataset's folder (NAME/VERSION), or a data_dir with just one dataset in it.
+      split: as TFDS writes it: "train", "train[:95%]", "train+test".
+      fields: which feature a field of `Sample` is read from, where it has another name: {"prompt": "caption"}; None
+        leaves a field empty. Pictures are Image or Sequence(Image) features, text is Text, a string or a ClassLabel.
+
+    Raises:
+      UserError: no dataset there, no such split, files missing, or features that don't serve.
+    """
+    return Source(str(find(path)), split, dict(fields or {}))
+
+
+class Source(Sequence):
+    """A split's samples, pictures as the bytes that are stored; pickles as its name and opens again elsewhere."""
+
+    def __init__(self, folder: str, split: str, fields: Mapping[str, str | None]):
+        self._arguments = (folder, split, fields)
+        self._where = f"{folder}/{split}"
+        builder = _open(folder)
+        self._columns = columns(folder, builder.info.features, fields)
+        self._labels = {name: builder.info.features[name] for name in self._columns.values()
+                        if isinstance(builder.info.features[name], tfds.features.ClassLabel)}
+        self._records = _records(folder, builder, split)
 
     def __len__(self) -> int:
-        return len(self._source)
+        return len(self._records)
 
-    def __getitem__(self, index: int) -> Record:
-        if not 0 <= index < len(self):
+    def __getitem__(self, index: int) -> Sample:
+        index = operator.index(index)
+        if not -len(self) <= index < len(self):
             raise IndexError(index)  # ends an iteration
-        row = dict(self._source[index])
-        for field in ("task", "prompt", "detail"):
-            row[field] = row[field].decode()
-        row["image"] = row["image"][0] if len(row["image"]) else None
-        row["mask"] = row["mask"][0][..., 0] if len(row["mask"]) else None
-        row["references"] = tuple(row["references"])
-        return row
+        index %= len(self)
+        name = f"{self._where}[{index}]"
+        try:
+            features = tf_example_pb2.Example.FromString(self._records[index]).features.feature
+        except Exception as error:  # array_record's RuntimeError, protobuf's DecodeError
+            raise UserError(f"{name}: cannot be read ({error}); build or copy the dataset again") from error
+        values = {field: self._value(features[column], column) for field, column in self._columns.items()}
+        for field, most in (("target", 1), ("image", 1), ("mask", 1)):
+            found = len(values.get(field, ()))
+            if found > most or field == "target" and not found:
+                raise UserError(f"{name}: {found} pictures in {self._columns[field]!r} for {field}; expected one")
+        try:
+            texts = {field: b"".join(values.get(field, ())).decode() for field in TEXTS}
+        except UnicodeDecodeError as error:
+            raise UserError(f"{name}: text that is not UTF-8 ({error})") from None
+        return Sample(target=values["target"][0], image=next(iter(values.get("image", ())), None),
+                      mask=next(iter(values.get("mask", ())), None), references=tuple(values.get("references", ())),
+                      name=name, **texts)
+
+    def __reduce__(self):
+        return Source, self._arguments
+
+    def _value(self, feature: tf_feature_pb2.Feature, column: str) -> Sequence[bytes]:
+        if column in self._labels:
+            return [self._labels[column].int2str(number).encode() for number in feature.int64_list.value]
+        return feature.bytes_list.value
 
 
-def _png(picture: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, "PNG", compress_level=1)
-    return buffer.getvalue()
+def columns(folder: str, features: tfds.features.FeatureConnector, fields: Mapping[str, str | None]) -> dict[str, str]:
+    """Field of `Sample` -> feature to read it from.
+
+    Raises:
+      UserError: a field or feature that is not there, one of the wrong type, or no target or prompt.
+    """
+    if not isinstance(features, tfds.features.FeaturesDict):
+        raise UserError(f"{folder}: its features are {_named(features)}; expected a FeaturesDict")
+    has = "it has " + ", ".join(f"{name} ({_named(features[name])})" for name in features)
+    unknown = sorted(set(fields) - {*TEXTS, *PICTURES})
+    if unknown:
+        raise UserError(f"fields: no field {', '.join(unknown)}; the fields are {', '.join((*PICTURES, *TEXTS))}")
+    taken = set(fields.values())  # what was named for one field is not taken for another of its name
+    found = {field: fields.get(field, field if field in features and field not in taken else None)
+             for field in (*PICTURES, *TEXTS)}
+    for field, column in found.items():
+        kind, serves = ("a picture", _is_picture) if field in PICTURES else ("text", _is_text)
+        if column is None and field in REQUIRED:
+            raise UserError(f"{folder}: no feature for {field}; expected one of that name, {kind}, or a field that "
+                            f"says which it is, such as {field}=NAME; {has}")
+        if column is not None and column not in features:
+            raise UserError(f"{folder}: no feature {column!r} for {field}; {has}")
+        if column is not None and not serves(features[column]):
+            raise UserError(f"{folder}: feature {column!r} for {field} is {_named(features[column])}; expected {kind} "
+                            f"({'Image or Sequence(Image), 8 or 16 bit' if field in PICTURES else 'Text'})")
+    return {field: column for field, column in found.items() if column is not None}
+
+
+def _is_picture(feature: tfds.features.FeatureConnector) -> bool:
+    if type(feature) is tfds.features.Sequence:
+        feature = feature.feature
+    return isinstance(feature, tfds.features.Image) and feature.np_dtype in (np.uint8, np.uint16)
+
+
+def _is_text(feature: tfds.features.FeatureConnector) -> bool:
+    if isinstance(feature, tfds.features.Text | tfds.features.ClassLabel):
+        return True
+    return isinstance(feature, tfds.features.Tensor) and not feature.shape and np.dtype(feature.np_dtype).kind in "OSU"
+
+
+def _named(feature: tfds.features.FeatureConnector) -> str:
+    """A feature's type, for messages."""
+    if type(feature) is tfds.features.Sequence:
+        return f"Sequence({_named(feature.feature)})"
+    kind = type(feature).__name__
+    return f"{kind} of {np.dtype(feature.np_dtype)}" if kind in ("Tensor", "Scalar", "Image") else kind
+
+
+def _open(folder: str) -> tfds.core.DatasetBuilder:
+    try:
+        return tfds.builder_from_directory(folder)
+    except Exception as error:  # TFDS raises what its JSON, protobuf and files do
+        raise UserError(f"{folder}: no TFDS dataset can be read there ({_first_line(error)})") from error
+
+
+def _records(folder: str, builder: tfds.core.DatasetBuilder, split: str) -> Sequence[bytes]:
+    """The serialised examples of a split."""
+    names = [part.partition("[")[0] for part in split.split("+")]
+    for name in names:
+        if name not in builder.info.splits and name != "all":
+            raise UserError(f"{folder}: no split {name!r}; it has {', '.join(builder.info.splits)}")
+    try:
+        records = builder.as_data_source(split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
+    except NotImplementedError:
+        raise UserError(f"{folder}: is stored as {builder.info.file_format.value}, which has no random access; "
+                        "expected array_record: `tfds build --file_format=array_record`") from None
+    except (ValueError, AssertionError) as error:
+        raise UserError(f"{folder}: split {split!r}: {_first_line(error)}") from error
+    there = {file.name for file in epath.Path(folder).iterdir()}
+    shards = [epath.Path(file).name for name in builder.info.splits for file in builder.info.splits[name].filenames
+              if name in names]
+    missing = [name for name in shards if name not in there]
+    if missing:
+        raise UserError(f"{folder}: {len(missing)} of {len(shards)} files are missing, {missing[0]} first; copy or "
+                        "build the dataset again")
+    return records
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -151,18 +151,22 @@ def read(path: epath.PathLike, fields: Sequence[str] = FIELDS, prefix: epath.Pat
 class Source(Sequence[Sample]):
     """A manifest's samples, pictures read when they are asked for. In another process the manifest is read again.
 
+    Args:
+      skip_faults: leave lines with faults out, instead of refusing the manifest.
+
     Raises:
       UserError: the manifest has faults or no sample; when a sample is asked for, a file that cannot be read.
     """
 
-    def __init__(self, manifest: Manifest):
-        if manifest.faults:
+    def __init__(self, manifest: Manifest, skip_faults: bool = False):
+        if manifest.faults and not skip_faults:
             lines = len({fault.line for fault in manifest.faults})
             raise UserError(f"{manifest.told(manifest.faults[0])}; {lines} of {lines + len(manifest.rows)} samples "
                             f"have faults, `acejax data check {manifest.path}` lists them")
         if not manifest.rows:
             raise UserError(f"manifest {manifest.path}: found no sample")
         self.manifest = manifest
+        self._skip_faults = skip_faults
 
     def __len__(self) -> int:
         return len(self.manifest.rows)
@@ -170,16 +174,26 @@ class Source(Sequence[Sample]):
     def __getitem__(self, index: int) -> Sample:
         return self.manifest.sample(self.manifest.rows[index])
 
+    def fingerprint(self, index: int) -> str:
+        """What a sample is made of: its text, and its files by name, from where the manifest's paths start."""
+        row, base = self.manifest.rows[index], _base(self.manifest.prefix or epath.Path(self.manifest.path).parent)
+        files = [(field, path.removeprefix(base)) for field, path in row.files]
+        return repr((row.task, row.prompt, row.detail, files))
+
+    @property
+    def path(self) -> str:
+        return self.manifest.path
+
     def __reduce__(self):
         kept = self.manifest
-        return _again, (kept.path, kept.fields, kept.prefix, kept.digest)
+        return _again, (kept.path, kept.fields, kept.prefix, kept.digest, self._skip_faults)
 
 
-def _again(path: str, fields: tuple[str, ...], prefix: str | None, digest: str) -> Source:
+def _again(path: str, fields: tuple[str, ...], prefix: str | None, digest: str, skip_faults: bool) -> Source:
     manifest = read(path, fields, prefix)
     if manifest.digest != digest:
         raise UserError(f"manifest {path} has changed since this run began")
-    return Source(manifest)
+    return Source(manifest, skip_faults)
 
 
 def _known(fields: Sequence[str]) -> tuple[str, ...]:

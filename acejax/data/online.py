@@ -39,9 +39,8 @@ class Pictures:
         self._index, self._layouts, tasks = [], [], []
 
         def planned(index: int) -> tuple[str, Plan] | str:
-            sample = source[index]
             try:
-                rng = np.random.default_rng((seed, index))
+                sample, rng = source[index], np.random.default_rng((seed, index))
                 return sample.task, prepare.plan(sample, config, augment, rng)
             except UserError as error:
                 return str(error)
@@ -68,8 +67,8 @@ class Pictures:
 
     def fetch(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
         """The canvas of a row; Broken where a picture can't be decoded."""
-        sample = self._source[self._index[index]]
         try:
+            sample = self._source[self._index[index]]
             drawn = prepare.visit(sample, self._layouts[index], self._augment, rng)
             canvas = prepare.compose(sample, self._config, drawn)
         except UserError as error:

@@ -1,20 +1,25 @@
 """The demo from nothing to a report: pictures, autoencoder, features, two training stages, edits of the test photo."""
 
 import dataclasses
+import functools
+import io
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import ml_collections
 import numpy as np
 from etils import epath
+from PIL import Image
 
 from acejax.checkpoint import claim
-from acejax.data import dataset
+from acejax.data import dataset, pictures
+from acejax.data.build import build
 from acejax.data.cache import tabulate
 from acejax.data.canvas import normalize
+from acejax.data.sample import Sample
 from acejax.data.schedule import Stage
 from acejax.data.stream import Stream
 from acejax.demo import evaluate, weights
@@ -60,15 +65,15 @@ def prepare(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> tuple
     check(config)
     claim(workdir, config.to_dict(), loop.FREE)
     print("writing the pictures, fitting the autoencoder, encoding ...", flush=True)
-    folder = dataset.build(epath.Path(workdir) / "data", {
-        "train": lambda: _records(config.data.samples, config.seed, "train"),
-        "test": lambda: _records(config.evaluate.samples, TEST_SEED, "test"),
-        "held": lambda: _records(config.evaluate.held, TEST_SEED, "held")})
+    folder = build(epath.Path(workdir) / "data", {
+        "train": Drawn(config.data.samples, config.seed, "train"),
+        "test": Drawn(config.evaluate.samples, TEST_SEED, "test"),
+        "held": Drawn(config.evaluate.held, TEST_SEED, "held")})
     rows = dataset.read(folder, "train")
     picks = np.random.default_rng(config.seed).permutation(len(rows))[:FIT_PICTURES]
-    autoencoder = fit_autoencoder(normalize(np.stack([rows[int(index)]["target"] for index in picks])))
-    tables = tabulate((rows[index] for index in range(len(rows))), REPAINTING,
-                      lambda pictures: encode_pictures(autoencoder, pictures), encode_prompts)
+    autoencoder = fit_autoencoder(normalize(np.stack([decoded(rows[index])["target"] for index in picks])))
+    tables = tabulate(map(decoded, rows), REPAINTING,
+                      lambda batch: encode_pictures(autoencoder, batch), encode_prompts)
     stages = [Stage(round(stage["share"] * config.steps), stage["weights"]) for stage in config.stages]
     sizes = dict(config.data.batch_sizes)
     return folder, autoencoder, Stream(_Table(tables), stages, list(sizes), sizes, config.seed)
@@ -116,9 +121,9 @@ def run(config: ml_collections.ConfigDict, workdir: epath.PathLike, setup_second
     weights.save(workdir / "weights", MMDiTConfig(**config.model), state.params, autoencoder, note)
     editor = weights.load_editor(workdir / "weights", config.evaluate.steps)  # what is judged is what is saved
     test, held = ({task: [row for row in rows if row["task"] == task] for task in TASKS}
-                  for rows in (list(dataset.read(folder, split)) for split in ("test", "held")))
-    scores, pictures = evaluate.evaluate(editor, test, held, TEST_SEED)
-    save_grid(workdir / "edits.png", test, pictures)
+                  for rows in (list(map(decoded, dataset.read(folder, split))) for split in ("test", "held")))
+    scores, edits = evaluate.evaluate(editor, test, held, TEST_SEED)
+    save_grid(workdir / "edits.png", test, edits)
     seconds["evaluate"] = time.time() - started
 
     short = evaluate.missed(scores)
@@ -140,12 +145,42 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _records(count: int, seed: int, split: str) -> Iterator[dataset.Record]:
-    for task in TASKS:
-        for sample in samples(count, task, seed, split):
-            detail = json.dumps([dataclasses.astuple(thing) for thing in sample.things])
-            yield dataset.record(sample.task, sample.prompt, sample.target, sample.image, sample.mask,
-                                 sample.references, detail)
+class Drawn(Sequence):
+    """`count` drawn samples of each task, drawn when the first is asked for; `detail` is what the scores need."""
+
+    def __init__(self, count: int, seed: int, split: str):
+        self._count, self._seed, self._split = count, seed, split
+
+    def __len__(self) -> int:
+        return self._count * len(TASKS)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self._samples[index]
+
+    def fingerprint(self, index: int) -> str:
+        return f"{index} of {self._count} with seed {self._seed} for {self._split}"
+
+    @functools.cached_property
+    def _samples(self) -> list[Sample]:
+        return [Sample(drawn.task, drawn.prompt, _png(drawn.target), *(None if array is None else _png(array) for array
+                       in (drawn.image, drawn.mask)), tuple(map(_png, drawn.references)), f"{self._split} {drawn.task}",
+                       json.dumps([dataclasses.astuple(thing) for thing in drawn.things]))
+                for task in TASKS for drawn in samples(self._count, task, self._seed, self._split)]
+
+
+def decoded(sample: Sample) -> dict[str, Any]:
+    """The sample's fields with pictures as [h, w, 3] and the mask as [h, w] uint8 arrays."""
+    def array(data: bytes | None, decode: Callable = pictures.decode) -> np.ndarray | None:
+        return None if data is None else decode(data, sample.name)
+    return {"task": sample.task, "prompt": sample.prompt, "detail": sample.detail, "target": array(sample.target),
+            "image": array(sample.image), "mask": array(sample.mask, pictures.decode_mask),
+            "references": tuple(map(array, sample.references))}
+
+
+def _png(picture: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
 
 
 def _losses(workdir: epath.Path) -> dict[str, Any]:

@@ -62,11 +62,15 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(BATCH_AXES))
 
 
+def batch_parts(mesh: Mesh) -> int:
+    """Into how many parts a batch falls."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
 def check_batch(mesh: Mesh, batch_size: int) -> None:
     """Raises UserError when the mesh does not divide a batch of this many samples."""
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
-    if batch_size % parts:
-        raise UserError(f"batch size {batch_size} is not a multiple of data x fsdp = {parts} of the mesh")
+    if batch_size % batch_parts(mesh):
+        raise UserError(f"batch size {batch_size} is not a multiple of data x fsdp = {batch_parts(mesh)} of the mesh")
 
 
 def constrain(mesh: Mesh) -> Callable[[jax.Array, str], jax.Array]:

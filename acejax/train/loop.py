@@ -24,7 +24,7 @@ from acejax.train.metrics import Writer, summarize
 from acejax.train.optimizer import make_optimizer
 from acejax.train.step import StepConfig, TrainState, init_state, train_step
 
-FREE = ("execution", "mesh", "log_every", "checkpoint_every", "keep_checkpoints")  # how, not what
+FREE = ("execution", "mesh", "reading", "log_every", "checkpoint_every", "keep_checkpoints")  # how, not what
 
 
 def check(config: ml_collections.ConfigDict) -> tuple[Mesh, MMDiTConfig, Execution]:
@@ -100,7 +100,7 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike, stream: St
     started = logged = time.time()
     since = start
     bar = tqdm(range(start, stop), initial=start, total=config.steps, unit="step", disable=not sys.stderr.isatty())
-    for step, batch in zip(bar, stream.batches(start, stop), strict=True):
+    for step, batch in zip(bar, stream.batches(start, stop, **config.reading), strict=True):
         state, metrics = compiled[batch.bucket](state, put(batch.arrays))
         waiting.append(metrics)
         done = step + 1

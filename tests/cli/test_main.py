@@ -84,7 +84,7 @@ MISTAKES = [
     ("convert lora.safetensors o.safetensors --to bfl", "found a LoRA; expected --to comfy or diffusers"),
     ("convert lora.safetensors o.safetensors --to comfy", "has shape (4, 8); expected (4, 3072)"),
     ("convert black-forest-labs/FLUX.1-dev o --to diffusers", "no such path here, and the hub cannot be reached"),
-    ("train --workdir=run", "--config=FILE.py is missing; configs that come with acejax: demo.py"),
+    ("train --workdir=run", "--config=FILE.py is missing; configs that come with acejax: ace_plus.py, demo.py"),
     ("train --config=nosuch.py --workdir=run", "config file nosuch.py is not there"),
     (f"train {CONFIG}", "--workdir=DIR is missing"),
     (f"train {CONFIG} --workdir=run --config.nosuch=1", "no such config field: nosuch"),

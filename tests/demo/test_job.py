@@ -64,7 +64,7 @@ def test_thresholds_can_be_missed_and_met(done):
 
 def test_a_shuffled_condition_is_another_samples(done):
     folder = done[0] / "data" / "condition_units" / "1.0.0"
-    rows = [row for row in job.dataset.read(folder, "test") if row["task"] == "reference"]
+    rows = [job.decoded(row) for row in job.dataset.read(folder, "test") if row.task == "reference"]
     mixed = evaluate.shuffled(rows)
     assert all(np.array_equal(mix["references"][0], other["references"][0])
                for mix, other in zip(mixed, [*rows[1:], rows[0]], strict=True))

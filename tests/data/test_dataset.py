@@ -13,11 +13,9 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 
 from acejax import UserError
-from acejax.data import cache, dataset, pictures
+from acejax.data import dataset, pictures
 from acejax.data.build import build
-from acejax.demo.job import decoded
-from acejax.demo.surroundings import encode_prompts
-from tests.data.drawn import picture, samples
+from tests.data.drawn import samples
 
 ROWS = list(samples(9))
 
@@ -74,22 +72,6 @@ def test_tensorflow_is_not_there(folder):
     assert importlib.util.find_spec("tensorflow") is None
     list(tfds.builder_from_directory(str(folder)).as_data_source("train"))
     assert "tensorflow" not in sys.modules
-
-
-def test_tabulate_encodes_each_canvas_once(folder):
-    target, mask = picture(np.random.default_rng(0), 32, 32), picture(np.random.default_rng(1), 32, 32, mode="L")
-    row = dataclasses.replace(ROWS[0], task="insert", prompt="a red heart", target=target, image=target, mask=mask,
-                              references=())
-    calls = []
-
-    def encode_pictures(batch):
-        calls.append(len(batch))
-        return batch.reshape(len(batch), 4, 8, 4, 8, 3).mean((2, 4)).repeat(6, -1)[..., :16]
-
-    table = cache.tabulate([decoded(row)] * 3, {}, encode_pictures, encode_prompts)["insert"]
-    assert calls == [3, 3, 3], "edit, modify and target, each once"
-    assert table["target"].shape == (3, 4, 4, 16) and table["mask"].shape == (3, 32, 32, 1)
-    assert set(np.unique(table["mask"])) == {0, 1} and table["unit"].tolist() == [[-1, -1]] * 3
 
 
 def test_what_is_missing_is_named(folder, tmp_path):

@@ -108,7 +108,7 @@ def contents(canvas: Canvas) -> Contents:
     """What the autoencoder sees."""
     mask = canvas.mask[..., None].astype(np.float32) / 255
     source = normalize(canvas.source) * canvas.present[..., None]
-    content = source * (1 - canvas.scale * mask)
+    content = source * (1 - float(canvas.scale) * mask)
     target = None
     if canvas.target is not None:
         shown = canvas.present.copy()

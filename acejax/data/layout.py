@@ -123,8 +123,9 @@ def lay(config: CanvasConfig, target: Size, references: Sequence[Size] = (), sha
         content = max(1, round(share * height))
         most = _floor(config.max_tokens * TOKEN**2 / height, step)
         unit = max(step, round(wide * content / tall / step) * step)
-        if unit > most:
-            unit, content = most, max(1, round(most * tall / wide))
+        if unit > most or unit == step:  # cut to the budget, or the narrowest there is: the height follows
+            unit = min(unit, most)
+            content = max(1, min(height, round(unit * tall / wide)))
         widths.append(unit)
         contents.append(content)
     return Layout(height, (*widths, width), (*contents, height))
@@ -156,6 +157,9 @@ def _lay_released(config: CanvasConfig, target: Size, references: Sequence[Size]
     heights = [max(1, round(share * target[0])) for share in shares]
     widths = [released_layout.reference_width(*pair) for pair in zip(references, heights, strict=True)]
     size, seam = released_layout.fit(config.max_tokens, (target[0], sum(widths) + target[1]), sum(widths))
+    if seam >= size[1]:
+        raise UserError(f"a target of {target} (height, width) beside references of {list(references)} leaves it no "
+                        "token with parity='reference'; expected narrower references")
     return Layout(size[0], released_layout.units(size, seam, widths), (*heights, target[0]))
 
 

@@ -10,10 +10,12 @@ import zlib
 from collections.abc import Callable
 
 import numpy as np
-from PIL import Image
+from PIL import Image, features
 
 REFUSED, CUT, ANY = "refused", "cut", "any"
-LOSSY = {"JPEG": {"quality": 95, "subsampling": 0}, "AVIF": {"quality": 95, "speed": 10, "subsampling": "4:4:4"}}
+LOSSY = {"JPEG": {"quality": 95, "subsampling": 0}}
+if "avif" in features.modules and features.check("avif"):  # Pillow from 11.3 on
+    LOSSY["AVIF"] = {"quality": 95, "speed": 10, "subsampling": "4:4:4"}
 EXACT = {"PNG": {}, "WEBP": {"lossless": True, "method": 0}, "TIFF": {}, "BMP": {}, "PPM": {},
          "JPEG2000": {"irreversible": False}}
 Wanted = np.ndarray | str

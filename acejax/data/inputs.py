@@ -30,8 +30,8 @@ def open_sources(config: ml_collections.ConfigDict) -> dict[str, Sequence[Sample
     Raises:
       UserError: none, one without a path, or what `open_source` finds wrong.
     """
-    if not config.data.sources:
-        raise UserError("config.data.sources is empty; expected {name: {'path': ..., 'split': 'train'}}")
+    if not config.data.get("sources"):
+        raise UserError("config.data.sources is missing or empty; expected {name: {'path': ..., 'split': 'train'}}")
     opened = {}
     for name, about in config.data.sources.items():
         known = ("path", "split", "fields", "prefix")

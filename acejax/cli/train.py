@@ -27,10 +27,11 @@ def main(argv: Sequence[str]) -> int:
         _, _, stream = job.prepare(config, workdir)
     else:
         from acejax.data import inputs
+        from acejax.data.config import DataConfig
+        data = DataConfig.of(config)
         mesh, *_ = loop.check(config)
         claim(workdir, config.to_dict(), loop.FREE)
-        features, _ = inputs.make_features(config, inputs.open_sources(config))
-        stream = inputs.make_stream(config, features, mesh)
+        stream = inputs.make_stream(config, inputs.make_features(data), mesh)
     _, seconds = loop.train(config, workdir, stream)
     print(f"trained to step {config.steps}: {', '.join(f'{name} {value:.0f} s' for name, value in seconds.items())}")
     return 0

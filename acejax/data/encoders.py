@@ -7,7 +7,6 @@ its dtype and everything else that matters), so that features made by another on
 import dataclasses
 import functools
 import json
-import os
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,6 +18,7 @@ import xxhash
 from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from acejax.data import written
 from acejax.data.latents import EncodePictures
 from acejax.data.text import Tokenizers
 from acejax.errors import UserError
@@ -206,9 +206,7 @@ class _Hashes:
     def keep(self) -> None:
         if self._path is not None and self._known != self._before:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            place = self._path.parent / f".{self._path.name}.{os.getpid()}.part"
-            place.write_text(json.dumps(self._known, indent=1))
-            place.replace(self._path)
+            written.write(self._path, json.dumps(self._known, indent=1).encode())
 
     def _file(self, path: pathlib.Path) -> str:
         about = path.stat()

@@ -1,69 +1,39 @@
 """From a config to what a run reads: its samples, their features, the stream of batches."""
 
-import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
 
 import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
 from acejax.data import buckets, cache
-from acejax.data.augment import AugmentConfig
-from acejax.data.cache import CacheConfig
-from acejax.data.encoders import Encoders, EncodersConfig
+from acejax.data.config import DataConfig
+from acejax.data.encoders import Encoders
 from acejax.data.features import Features
-from acejax.data.layout import CanvasConfig
 from acejax.data.sample import Sample
 from acejax.data.schedule import Stage
-from acejax.data.sources import open_source
 from acejax.data.stream import Stream, Table, batch_sizes
 from acejax.errors import UserError
 from acejax.parallel import rules
 
-T = TypeVar("T")
 
-
-def open_sources(config: ml_collections.ConfigDict) -> dict[str, Sequence[Sample]]:
-    """The samples of each of `config.data.sources`.
-
-    Raises:
-      UserError: none, one without a path, or what `open_source` finds wrong.
-    """
-    if not config.data.get("sources"):
-        raise UserError("config.data.sources is missing or empty; expected {name: {'path': ..., 'split': 'train'}}")
-    opened = {}
-    for name, about in config.data.sources.items():
-        known = ("path", "split", "fields", "prefix")
-        if unknown := set(about) - set(known) or "path" not in about:
-            found = "no path" if unknown is True else ", ".join(sorted(unknown))
-            raise UserError(f"config.data.sources.{name} has {found}; expected path, and split, fields or prefix")
-        opened[name] = open_source(**about)
-    return opened
-
-
-def make_features(config: ml_collections.ConfigDict, sources: Mapping[str, Sequence[Sample]],
-                  encoders: Encoders | None = None) -> tuple[Features, list[cache.Report]]:
-    """The features of all sources; what is not in `config.cache.dir` yet is encoded.
+def make_features(data: DataConfig, sources: Mapping[str, Sequence[Sample]] | None = None,
+                  encoders: Encoders | None = None) -> Features:
+    """The features of all sources; what is not in the cache yet is encoded.
 
     Args:
-      encoders: instead of those of `config.encoders`.
+      sources, encoders: instead of those that the config names.
 
     Raises:
-      UserError: settings that can't be, or what `acejax.data.cache.build` finds wrong.
+      UserError: what the sources, the encoders or `acejax.data.cache.build` find wrong.
     """
-    canvas = _settings(CanvasConfig, "data.canvas", config.data.canvas)
-    augment = _settings(AugmentConfig, "data.augment", config.data.get("augment", {}))
-    kept = _settings(CacheConfig, "cache", config.cache)
-    if encoders is None:
-        encoders = Encoders.load(_settings(EncodersConfig, "encoders", config.encoders))
-    described, reports = [], []
+    if sources is None:
+        sources = {name: source.open() for name, source in data.sources.items()}
+    encoders = data.load_encoders() if encoders is None else encoders
+    settings = data.settings(encoders)
     for name, source in sources.items():
-        about = dict(config.data.sources.get(name, {}))
-        described.append(cache.settings(name, about, canvas, augment, encoders, kept, config.seed))
-        reports.append(cache.build(source, described[-1], canvas, augment, encoders, kept,
-                                   config.data.get("max_broken", 0.01)))
-    return Features.open(kept.dir, described), reports
+        cache.build(source, settings[name], data.canvas, data.augment, encoders, data.cache, data.max_broken)
+    return Features.open(data.cache.dir, list(settings.values()))
 
 
 def make_stream(config: ml_collections.ConfigDict, table: Table, mesh: Mesh) -> Stream:
@@ -73,7 +43,7 @@ def make_stream(config: ml_collections.ConfigDict, table: Table, mesh: Mesh) -> 
       UserError: stages or batch sizes that can't be, and as `Stream`.
     """
     sizes = _batch_sizes(config, table.tokens, mesh)
-    return Stream(table, _stages(config), sorted(sizes), sizes, config.seed, config.data.get("max_broken", 0.01))
+    return Stream(table, _stages(config), sorted(sizes), sizes, config.seed)
 
 
 def _stages(config: ml_collections.ConfigDict) -> list[Stage]:
@@ -97,15 +67,3 @@ def _batch_sizes(config: ml_collections.ConfigDict, tokens: np.ndarray, mesh: Me
     for _, size in data.batch_sizes:
         rules.check_batch(mesh, size)
     return dict(data.batch_sizes)
-
-
-def _settings(kind: type[T], name: str, values: Mapping[str, Any]) -> T:
-    """A config's fields as the dataclass that checks them."""
-    values = values.to_dict() if isinstance(values, ml_collections.ConfigDict) else dict(values)
-    fields = {field.name: field for field in dataclasses.fields(kind)}
-    needed = {field.name for field in fields.values()
-              if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING}
-    if wrong := [*(set(values) - set(fields)), *(needed - set(values))]:
-        what = "unknown" if wrong[0] in values else "missing"
-        raise UserError(f"config.{name}.{wrong[0]} is {what}; expected {', '.join(fields)}")
-    return kind(**values)

@@ -18,9 +18,13 @@ from PIL import Image
 
 from acejax.checkpoint import claim
 from acejax.data import dataset, inputs, pictures
+from acejax.data.augment import AugmentConfig
 from acejax.data.build import build
+from acejax.data.cache import CacheConfig
 from acejax.data.canvas import normalize
+from acejax.data.config import DataConfig, SourceConfig
 from acejax.data.encoders import Encoders
+from acejax.data.layout import CanvasConfig
 from acejax.data.sample import Sample
 from acejax.data.stream import Stream
 from acejax.demo import evaluate, weights
@@ -83,16 +87,10 @@ def prepare(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> tuple
     encoders = Encoders(jax.jit(functools.partial(encode_pictures, autoencoder)), encode_prompts,
                         xxhash.xxh3_64_hexdigest(b"".join(np.asarray(leaf).tobytes() for leaf in autoencoder.values())),
                         str.encode, (TEXT_TOKENS, TEXT_WIDTH, TEXT_WIDTH))
-    features, _ = inputs.make_features(_with_cache(config, workdir), {"demo": rows}, encoders)
+    data = DataConfig({"demo": SourceConfig(str(folder))}, CanvasConfig(**config.data.canvas.to_dict()), AugmentConfig(),
+                      None, CacheConfig(str(epath.Path(workdir) / "cache"), "float32", batch=64), config.seed)
+    features = inputs.make_features(data, {"demo": rows}, encoders)
     return folder, autoencoder, inputs.make_stream(config, features, mesh)
-
-
-def _with_cache(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> ml_collections.ConfigDict:
-    """The config with the features in the workdir."""
-    config = ml_collections.ConfigDict(config.to_dict())
-    config.cache = {"dir": str(epath.Path(workdir) / "cache"), "dtype": "float32", "batch": 64}
-    config.data.sources = {}
-    return config
 
 
 def run(config: ml_collections.ConfigDict, workdir: epath.PathLike, setup_seconds: float = 0.0) -> dict[str, Any]:

@@ -97,7 +97,7 @@ MISTAKES = [
     (f"train {CONFIG} --workdir=run --config.model.depth=0", "config.model: depth is 0; expected a positive number"),
     (f"train {CONFIG} --workdir=run --config.model.in_channels=384", "canvas.split=True the data makes 448"),
     (f"train {CONFIG} --workdir=run --config.data.batch_sizes=((16,8),)", "for 16, 32 and 48 tokens"),
-    (f"train {CONFIG} --workdir=run --config.data.source=mine", "config.data.sources is missing"),
+    (f"train {CONFIG} --workdir=run --config.data.source=mine", "config.data.sources is missing; expected fields"),
     (f"train {CONFIG} --workdir=out.png", "workdir out.png cannot be written"),
     ("data nosuch", "no command data 'nosuch'; the commands are check"),
     ("data check nosuch.jsonl", "manifest nosuch.jsonl: no such file or folder"),

@@ -87,7 +87,8 @@ def prepare(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> tuple
     encoders = Encoders(jax.jit(functools.partial(encode_pictures, autoencoder)), encode_prompts,
                         xxhash.xxh3_64_hexdigest(b"".join(np.asarray(leaf).tobytes() for leaf in autoencoder.values())),
                         str.encode, (TEXT_TOKENS, TEXT_WIDTH, TEXT_WIDTH))
-    data = DataConfig({"demo": SourceConfig(str(folder))}, CanvasConfig(**config.data.canvas.to_dict()), AugmentConfig(),
+    canvas = CanvasConfig(**config.data.canvas.to_dict())
+    data = DataConfig({"demo": SourceConfig(str(folder))}, canvas, AugmentConfig(),
                       None, CacheConfig(str(epath.Path(workdir) / "cache"), "float32", batch=64), config.seed)
     features = inputs.make_features(data, {"demo": rows}, encoders)
     return folder, autoencoder, inputs.make_stream(config, features, mesh)

@@ -24,7 +24,7 @@ def main(argv: list[str]) -> int:
       UserError: whatever is wrong with the manifest, its pictures, the flags or the place.
     """
     args = _parser().parse_args(argv)
-    if args.json and not epath.Path(args.json).absolute().parent.exists():
+    if args.json and not epath.Path(args.json).parent.exists():
         raise UserError(f"--json={args.json}: its folder is not there")
     if args.workers < 1 or (args.shards is not None and args.shards < 1):
         raise UserError(f"--workers={args.workers}, --shards={args.shards}: expected at least 1")

@@ -4,10 +4,12 @@ import pathlib
 import re
 import shlex
 
+import ml_collections
 from PIL import Image
 
 from acejax.cli.main import main
 from acejax.data import manifest
+from acejax.data.inputs import open_sources
 
 PAGE = (pathlib.Path(__file__).parents[2] / "docs" / "data.md").read_text()
 
@@ -17,7 +19,7 @@ def blocks(language: str) -> list[str]:
     return [content for name, content in found if name == language]
 
 
-def test_manifests_and_checks(tmp_path, monkeypatch, capsys):
+def test_manifests_checks_and_datasets(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     pathlib.Path("pairs.jsonl").write_text(blocks("json")[0])
     text, names = blocks("")[:2]
@@ -39,5 +41,13 @@ def test_manifests_and_checks(tmp_path, monkeypatch, capsys):
     assert len(ran) >= 7
     for command in ran:
         assert main(command[1:]) == 0, command
+    built = [shlex.split(line, comments=True) for line in "".join(blocks("sh")).splitlines()
+             if line.startswith("acejax data build")]
+    for command in built:
+        assert main(command[1:]) == 0, command
+    config = ml_collections.ConfigDict({"data": {}})
+    exec(blocks("python")[0], {"config": config})
+    (source,) = open_sources(config).values()
+    assert len(built) == 3 and len(source) == 3
     assert pathlib.Path("sheet.png").exists() and pathlib.Path("r.json").exists()
     assert "1 sample, " in capsys.readouterr().out

@@ -9,7 +9,7 @@ from PIL import Image
 
 from acejax.cli.main import main
 from acejax.data import manifest
-from acejax.data.inputs import open_sources
+from acejax.data.config import SourceConfig
 
 PAGE = (pathlib.Path(__file__).parents[2] / "docs" / "data.md").read_text()
 
@@ -47,7 +47,7 @@ def test_manifests_checks_and_datasets(tmp_path, monkeypatch, capsys):
         assert main(command[1:]) == 0, command
     config = ml_collections.ConfigDict({"data": {}})
     exec(blocks("python")[0], {"config": config})
-    (source,) = open_sources(config).values()
+    (source,) = (SourceConfig(**about).open() for about in config.data.sources.values())
     assert len(built) == 3 and len(source) == 3
     assert pathlib.Path("sheet.png").exists() and pathlib.Path("r.json").exists()
     assert "1 sample, " in capsys.readouterr().out

@@ -5,6 +5,7 @@ killed goes on with the chunk it was in, and ends with the very files of one tha
 """
 
 import dataclasses
+import json
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -80,12 +81,10 @@ class Report:
 def settings(dataset: str, source: Mapping[str, Any], canvas: CanvasConfig, augment: AugmentConfig,
              encoders: Encoders, cache: CacheConfig, seed: int) -> dict[str, Any]:
     """Everything that a dataset's features depend on, as JSON has it; `source` tells which data it is."""
-    shape = dataclasses.asdict(canvas)
-    shape |= {"scales": {task: float(scale) for task, scale in sorted(canvas.scales.items())},
-              "reference_height": list(canvas.reference_height)}
-    return {"format": FORMAT, "dataset": dataset, "source": dict(source), "canvas": shape,
+    told = {"format": FORMAT, "dataset": dataset, "source": dict(source), "canvas": dataclasses.asdict(canvas),
             "augment": dataclasses.asdict(augment), "seed": seed, "variants": cache.variants, "dtype": cache.dtype,
             "autoencoder": encoders.picture_id, "text": encoders.prompt_key("").hex()}
+    return json.loads(json.dumps(told))
 
 
 def build(source: Sequence[Sample], described: Mapping[str, Any], canvas: CanvasConfig, augment: AugmentConfig,

@@ -2,7 +2,6 @@
 
 import concurrent.futures
 import dataclasses
-import json
 import pathlib
 import pickle
 import subprocess
@@ -306,7 +305,6 @@ def test_features_of_other_settings_are_never_taken(tmp_path):
     with pytest.raises(UserError, match=r"differ in canvas.max_tokens \(16; expected 32\); dtype \('float32'; expected "
                                         r"'bfloat16'\)"):
         Features.open(tmp_path, [settings(max_tokens=32)])
-    assert json.dumps(settings(scales={"edit": 0.5}))
 
 
 def test_a_damaged_or_missing_shard_is_named(tmp_path):

@@ -17,15 +17,10 @@ def main(argv: Sequence[str]) -> int:
     if parsed is None:
         return 0
     values, config = parsed
-    from acejax.data import cache
     from acejax.data.config import DataConfig
+    from acejax.data.inputs import make_features
 
-    given = DataConfig.of(config, values["cache_dir"].value)
-    sources = {name: source.open() for name, source in given.sources.items()}
-    encoders = given.load_encoders()
-    settings = given.settings(encoders)
-    for name, source in sources.items():
-        cache.build(source, settings[name], given.canvas, given.augment, encoders, given.cache, given.max_broken)
+    make_features(DataConfig.of(config, values["cache_dir"].value))
     return 0
 
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from acejax.data import released, resize
 from acejax.data.layout import CanvasConfig, Layout, Size, lay, visible
+from acejax.data.resize import Picture
 from acejax.errors import UserError
 
 
@@ -53,11 +54,12 @@ class Contents(NamedTuple):
     target: np.ndarray | None
 
 
-def training(config: CanvasConfig, layout: Layout, task: str, target: np.ndarray, image: np.ndarray | None = None,
-             mask: np.ndarray | None = None, references: Sequence[np.ndarray] = ()) -> Canvas:
+def training(config: CanvasConfig, layout: Layout, task: str, target: Picture, image: Picture | None = None,
+             mask: Picture | None = None, references: Sequence[Picture] = ()) -> Canvas:
     """The canvas of a sample whose `layout` comes from the pictures' sizes.
 
-    The pictures may be decoded smaller than their files say (not with parity). Without an image everything is
+    The pictures, arrays or Pillow's own, may be decoded smaller than their files say (with parity they are arrays and
+    may not). An image that is the very object `target` is resized once. Without an image everything is
     generated from grey, and a mask is discarded; an image without a mask, or with an empty one, is changed everywhere.
     """
     scale = config.scale_of(task, len(references))
@@ -65,10 +67,10 @@ def training(config: CanvasConfig, layout: Layout, task: str, target: np.ndarray
         parts = released.training(layout, scale, target, image, mask, references)
         return Canvas(*parts, layout.widths, scale, config.split, joined=True)
     size = layout.height, layout.target_width
-    canvas = _compose(config, layout, image, mask, references, scale)
-    shown = canvas.source.copy()
-    shown[:, -size[1]:] = resize.antialiased(target, size, visible(target.shape[:2]))
-    return dataclasses.replace(canvas, target=shown)
+    wanted = _seen(target, size)
+    kept = wanted if image is target else None if image is None else _seen(image, size)
+    canvas = _compose(config, layout, kept, mask, references, scale)
+    return dataclasses.replace(canvas, target=_beside(canvas.source[:, :-size[1]], wanted))
 
 
 def editing(config: CanvasConfig, image: np.ndarray | None = None, mask: np.ndarray | None = None,
@@ -98,14 +100,15 @@ def editing(config: CanvasConfig, image: np.ndarray | None = None, mask: np.ndar
     shares = [min(config.editing_height, max(least, visible(reference.shape[:2])[2] / visible(size)[2]))
               for reference in references]
     layout = lay(config, size, [reference.shape[:2] for reference in references], shares)
-    return _compose(config, layout, image, mask, references, scale)
+    kept = None if image is None else _seen(image, (layout.height, layout.target_width))
+    return _compose(config, layout, kept, mask, references, scale)
 
 
 def contents(canvas: Canvas) -> Contents:
     """What the autoencoder sees."""
     mask = canvas.mask[..., None].astype(np.float32) / 255
     source = normalize(canvas.source) * canvas.present[..., None]
-    content = source * (1 - canvas.scale * mask)
+    content = source * (1 - float(canvas.scale) * mask)
     target = None
     if canvas.target is not None:
         shown = canvas.present.copy()
@@ -137,24 +140,36 @@ def denormalize(picture: np.ndarray) -> np.ndarray:
     return np.rint(np.clip((np.asarray(picture, np.float32) + 1) * 127.5, 0, 255)).astype(np.uint8)
 
 
-def _compose(config: CanvasConfig, layout: Layout, image: np.ndarray | None, mask: np.ndarray | None,
-             references: Sequence[np.ndarray], scale: float) -> Canvas:
-    height, width = layout.height, sum(layout.widths)
-    source = np.zeros((height, width, 3), np.uint8)
-    present = np.zeros((height, width), bool)
-    generate = np.zeros((height, width), np.uint8)
-    left = 0
+def _compose(config: CanvasConfig, layout: Layout, kept: np.ndarray | None, mask: Picture | None,
+             references: Sequence[Picture], scale: float) -> Canvas:
+    """`kept` is the picture to edit as large as its unit."""
+    size = layout.height, layout.target_width
+    left = sum(layout.widths) - size[1]
+    shown = np.zeros((size[0], left, 3), np.uint8)
+    present = np.zeros((size[0], left + size[1]), bool)
+    start = 0
     for reference, unit, content in zip(references, layout.widths, layout.contents, strict=False):
-        top = (height - content) // 2
-        place = np.s_[top:top + content, left:left + unit]
-        source[place] = resize.antialiased(reference, (content, unit), visible(reference.shape[:2]))
+        top = (size[0] - content) // 2
+        place = np.s_[top:top + content, start:start + unit]
+        shown[place] = _seen(reference, (content, unit))
         present[place] = True
-        left += unit
-    generate[:, left:] = 255
-    if image is not None:
-        size = height, layout.target_width
-        source[:, left:] = resize.antialiased(image, size, visible(image.shape[:2]))
+        start += unit
+    generate = None
+    if kept is not None:
         present[:, left:] = True
-        if mask is not None and (seen := resize.mask(mask, size, visible(mask.shape[:2]))).any():
-            generate[:, left:] = seen
-    return Canvas(source, present, generate, None, layout.widths, scale, config.split)
+        if mask is not None:
+            generate = resize.mask(mask, size, visible(resize.shape(mask)))
+    if generate is None or not generate.any():
+        generate = np.full(size, 255, np.uint8)
+    source = _beside(shown, np.zeros((*size, 3), np.uint8) if kept is None else kept)
+    return Canvas(source, present, _beside(np.zeros((size[0], left), np.uint8), generate), None, layout.widths, scale,
+                  config.split)
+
+
+def _seen(picture: Picture, size: Size) -> np.ndarray:
+    return resize.antialiased(picture, size, visible(resize.shape(picture)))
+
+
+def _beside(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Joined along the width; without references there is nothing to copy."""
+    return np.concatenate([left, right], 1) if left.shape[1] else right

@@ -11,7 +11,7 @@ from acejax.data import cache
 from acejax.data.augment import AugmentConfig
 from acejax.data.cache import CacheConfig
 from acejax.data.encoders import Encoders, EncodersConfig
-from acejax.data.features import Features, Settings
+from acejax.data.features import Settings
 from acejax.data.layout import CanvasConfig
 from acejax.data.sample import Sample
 from acejax.data.sources import open_source
@@ -39,7 +39,7 @@ class DataConfig:
 
     Attributes:
       sources: by name.
-      canvas, augment, encoders, cache: as the classes say.
+      canvas, augment, encoders, cache: as the classes say; encoders are None where others are given.
       seed: of the run.
       max_broken: share of broken samples that stops it.
     """
@@ -47,10 +47,10 @@ class DataConfig:
     sources: Mapping[str, SourceConfig]
     canvas: CanvasConfig
     augment: AugmentConfig
-    encoders: EncodersConfig
+    encoders: EncodersConfig | None
     cache: CacheConfig
     seed: int
-    max_broken: float
+    max_broken: float = 0.01
 
     @classmethod
     def of(cls, config: Mapping[str, Any], cache_dir: str | None = None) -> "DataConfig":
@@ -80,14 +80,6 @@ class DataConfig:
         """Of each source, by name: what its features are found by."""
         return {name: cache.settings(name, dataclasses.asdict(source), self.canvas, self.augment, encoders, self.cache,
                                      self.seed) for name, source in self.sources.items()}
-
-    def features(self) -> Features:
-        """The features of all sources.
-
-        Raises:
-          UserError: they are not in the cache, or not with these settings; encoders that can't be read.
-        """
-        return Features.open(self.cache.dir, list(self.settings(self.load_encoders()).values()))
 
 
 def _part(config: Mapping[str, Any], name: str, before: str = "") -> Mapping[str, Any]:

@@ -1,7 +1,6 @@
 """Samples decoded while training goes on: canvases for the stream, without a cache."""
 
 import concurrent.futures
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -70,8 +69,7 @@ class Pictures:
         """The canvas of a row; Broken where a picture can't be decoded."""
         try:
             sample = self._source[self._index[index]]
-            drawn = dataclasses.replace(prepare.plan(sample, self._config, self._augment, rng),
-                                        layout=self._layouts[index])
+            drawn = prepare.visit(sample, self._layouts[index], self._augment, rng)
             canvas = prepare.compose(sample, self._config, drawn)
         except UserError as error:
             raise Broken(str(error)) from error

@@ -6,7 +6,7 @@ header's size is looked at before memory is taken.
 """
 
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import BinaryIO
 
 import numpy as np
@@ -31,18 +31,21 @@ try:
 except ImportError:  # Pillow before 11.3
     AvifImageFile = None
 
+Size = tuple[int, int]  # height, width
+Least = Size | Callable[[Size], Size] | None
+
 MOST_PIXELS = 178_956_970  # where Pillow, too, takes a picture for an attack
 EXPECTED = "a JPEG, PNG, WebP, AVIF, GIF, TIFF, BMP, PPM or JPEG 2000 picture"
 
 _ORIENTATION = 0x0112  # the EXIF and TIFF tag
-_TURNS = {  # by orientation: the stored array [h, w, ...] upright
-    2: lambda stored: stored[:, ::-1],
-    3: lambda stored: stored[::-1, ::-1],
-    4: lambda stored: stored[::-1],
-    5: lambda stored: stored.swapaxes(0, 1),
-    6: lambda stored: stored.swapaxes(0, 1)[:, ::-1],
-    7: lambda stored: stored[::-1, ::-1].swapaxes(0, 1),
-    8: lambda stored: stored.swapaxes(0, 1)[::-1],
+_TURNS = {  # by orientation: what turns the stored picture upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
 }
 _OTHERS = (  # how files begin that lie among pictures and are none that can be read
     (b"version https://git-lfs", "a git-lfs pointer instead of the file (`git lfs pull` fetches it)"),
@@ -89,40 +92,37 @@ def size(data: bytes | BinaryIO, name: str) -> tuple[int, int]:
     return _upright_size(_open(file, name), file)
 
 
-def decode(data: bytes, name: str, least: tuple[int, int] | None = None) -> np.ndarray:
-    """The picture as [h, w, 3] uint8, upright (EXIF), transparency on white; of an animation the first frame.
+def decode(data: bytes, name: str, least: Least = None) -> np.ndarray:
+    """`picture` as [h, w, 3] uint8."""
+    return np.asarray(picture(data, name, least))
+
+
+def decode_mask(data: bytes, name: str, least: Least = None) -> np.ndarray:
+    """`grey` as [h, w] uint8."""
+    return np.asarray(grey(data, name, least))
+
+
+def picture(data: bytes, name: str, least: Least = None) -> Image.Image:
+    """The picture as RGB, upright (EXIF), transparency on white; of an animation the first frame.
 
     Args:
       data: the encoded picture.
       name: for messages.
-      least: height and width, upright: a JPEG may come at 1/2, 1/4 or 1/8 as long as both sides stay at least that.
+      least: height and width, upright: a JPEG may come at 1/2, 1/4 or 1/8 as long as both sides stay at least that. Or
+        a function that makes it of the size that `size` tells.
 
     Raises:
       UserError: no picture, too large, or damaged.
     """
-    image, turn = _load(data, name, least)
-    try:
-        if image.has_transparency_data:
-            image = _on(image, "white")
-        return _upright(np.asarray(image if image.mode == "RGB" else image.convert("RGB")), turn)
-    except ValueError as error:
-        raise UserError(f"picture {name}: found the colour mode {image.mode}; expected RGB, grey, CMYK or a palette"
-                        ) from error
+    return _in_mode("RGB", "white", data, name, least)
 
 
-def decode_mask(data: bytes, name: str, least: tuple[int, int] | None = None) -> np.ndarray:
-    """A mask as [h, w] uint8, upright, grey as stored (not binarised); what is transparent is black.
+def grey(data: bytes, name: str, least: Least = None) -> Image.Image:
+    """A mask as L, upright, as stored (not binarised); what is transparent is black.
 
-    Arguments and errors are `decode`'s.
+    Arguments and errors are `picture`'s.
     """
-    image, turn = _load(data, name, least)
-    try:
-        if image.has_transparency_data:
-            image = _on(image, "black")
-        return _upright(np.asarray(image if image.mode == "L" else image.convert("L")), turn)
-    except ValueError as error:
-        raise UserError(f"picture {name}: found the colour mode {image.mode}; expected grey, RGB or a palette"
-                        ) from error
+    return _in_mode("L", "black", data, name, least)
 
 
 def whole(data: bytes | BinaryIO, name: str) -> tuple[int, int]:
@@ -235,12 +235,27 @@ def _orientation(image: ImageFile.ImageFile, file: BinaryIO) -> int:
         return 1
 
 
-def _load(data: bytes, name: str, least: tuple[int, int] | None) -> tuple[Image.Image, int]:
+def _in_mode(mode: str, ground: str, data: bytes, name: str, least: Least) -> Image.Image:
+    image, turn = _load(data, name, least)
+    try:
+        if image.has_transparency_data:
+            image = _on(image, ground)
+        image = image if image.mode == mode else image.convert(mode)
+    except ValueError as error:
+        raise UserError(f"picture {name}: found the colour mode {image.mode}; expected RGB, grey, CMYK or a palette"
+                        ) from error
+    return image.transpose(_TURNS[turn]) if turn in _TURNS else image
+
+
+def _load(data: bytes, name: str, least: Least) -> tuple[Image.Image, int]:
     """The picture in 8 bits a channel and its orientation, not yet applied."""
     file = _file(data)
     image = _open(file, name)
     turn = _orientation(image, file)
     if least is not None and image.format == "JPEG":
+        if callable(least):
+            height, width = _stored_size(image)
+            least = least((width, height) if turn >= 5 else (height, width))
         height, width = least[::-1] if turn >= 5 else least
         image.draft(None, (max(int(width), 1), max(int(height), 1)))
     return _eight_bits(_decoded(image, name), name), 1 if image.format == "TIFF" else turn  # Pillow turns TIFF itself
@@ -281,10 +296,6 @@ def _eight_bits(image: Image.Image, name: str) -> Image.Image:
 def _on(image: Image.Image, ground: str) -> Image.Image:
     image = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", image.size, ground), image)
-
-
-def _upright(stored: np.ndarray, turn: int) -> np.ndarray:
-    return np.ascontiguousarray(_TURNS[turn](stored)) if turn in _TURNS else stored
 
 
 def _length(file: BinaryIO) -> int:

@@ -2,13 +2,15 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import numpy as np
 
-from acejax.data import canvas, pictures
+from acejax.data import canvas, pictures, resize
 from acejax.data.augment import FULL, OWN, RANDOM, AugmentConfig, random_mask
 from acejax.data.canvas import Canvas
 from acejax.data.layout import CanvasConfig, Layout, Size, lay, visible
+from acejax.data.resize import Picture
 from acejax.data.sample import Sample
 
 
@@ -38,6 +40,11 @@ def plan(sample: Sample, config: CanvasConfig, augment: AugmentConfig, rng: np.r
     references = [pictures.size(reference, f"reference {number} of {sample.name}")
                   for number, reference in enumerate(sample.references, 1)]
     layout = lay(config, target, references, [share(config, target, rng) for _ in references])
+    return visit(sample, layout, augment, rng)
+
+
+def visit(sample: Sample, layout: Layout, augment: AugmentConfig, rng: np.random.Generator) -> Plan:
+    """What is drawn anew where the layout is known; no header is read."""
     kind, seed, drop = augment.mask(rng), int(rng.integers(2**32)), rng.random() < augment.drop_caption
     if sample.image is None or sample.mask is None and (kind == FULL or sample.image != sample.target):
         kind = OWN  # it is white everywhere, or must be
@@ -53,9 +60,9 @@ def compose(sample: Sample, config: CanvasConfig, plan: Plan) -> Canvas:
     layout = plan.layout
     size = layout.height, layout.target_width
 
-    def decode(data: bytes, name: str, unit: Size) -> np.ndarray:
+    def decode(data: bytes, name: str, unit: Size) -> Picture:
         name = f"{name} of {sample.name}"
-        return pictures.decode(data, name, None if config.parity else _least(pictures.size(data, name), unit))
+        return pictures.decode(data, name) if config.parity else pictures.picture(data, name, _least(unit))
 
     target = decode(sample.target, "target", size)
     image = target if sample.image == sample.target else None
@@ -73,21 +80,23 @@ def share(config: CanvasConfig, target: Size, rng: np.random.Generator) -> float
     return float(rng.uniform(*config.reference_height))
 
 
-def _mask(sample: Sample, config: CanvasConfig, plan: Plan, image: np.ndarray | None) -> np.ndarray | None:
+def _mask(sample: Sample, config: CanvasConfig, plan: Plan, image: Picture | None) -> Picture | None:
     if image is None or plan.mask == FULL:
         return None
-    own = None
+    size, own = resize.shape(image), None
     if sample.mask is not None:
         name = f"mask of {sample.name}"
-        least = None if config.parity else _least(pictures.size(sample.mask, name), image.shape[:2])
-        own = pictures.decode_mask(sample.mask, name, least)
+        own = (pictures.decode_mask(sample.mask, name) if config.parity
+               else pictures.grey(sample.mask, name, _least(size)))
     if plan.mask == RANDOM:
-        drawn = random_mask(image.shape[:2] if own is None else own.shape, plan.mask_seed)
+        drawn = random_mask(size if own is None else resize.shape(own), plan.mask_seed)
         return drawn if own is None else np.maximum(own, drawn)
     return own
 
 
-def _least(size: Size, unit: Size) -> Size:
-    """How big a picture must be decoded so that what is seen of it need not be enlarged to fill its unit."""
-    seen = visible(size)[2:]
-    return tuple(math.ceil(side * wanted / part) for side, wanted, part in zip(size, unit, seen, strict=True))
+def _least(unit: Size) -> Callable[[Size], Size]:
+    """How big a picture of a size must be decoded so that what is seen of it need not be enlarged to fill its unit."""
+    def least(size: Size) -> Size:
+        seen = visible(size)[2:]
+        return tuple(math.ceil(side * wanted / part) for side, wanted, part in zip(size, unit, seen, strict=True))
+    return least

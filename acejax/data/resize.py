@@ -4,16 +4,23 @@ import numpy as np
 from PIL import Image
 
 Box = tuple[int, int, int, int]
+Picture = np.ndarray | Image.Image  # uint8 [h, w, 3], or [h, w] a mask; Pillow's spare two copies
 
 
-def antialiased(picture: np.ndarray, size: tuple[int, int], box: Box | None = None) -> np.ndarray:
-    """A picture [h, w, 3] uint8, or its part (top, left, height, width), at `size` (height, width); bicubic."""
+def antialiased(picture: Picture, size: tuple[int, int], box: Box | None = None) -> np.ndarray:
+    """A picture, or its part (top, left, height, width), at `size` (height, width), [h, w, 3] uint8; bicubic."""
     return _resize(picture, size, box, Image.Resampling.BICUBIC)
 
 
-def mask(picture: np.ndarray, size: tuple[int, int], box: Box | None = None) -> np.ndarray:
-    """As `antialiased` for a mask [h, w]; 255 where half of a pixel or more is white, else 0."""
-    return np.where(_resize(picture, size, box, Image.Resampling.BOX) > 127, 255, 0).astype(np.uint8)
+def mask(picture: Picture, size: tuple[int, int], box: Box | None = None) -> np.ndarray:
+    """As `antialiased` for a mask, [h, w]; 255 where half of a pixel or more is white, else 0."""
+    white = _resize(picture, size, box, Image.Resampling.BOX) > 127
+    return np.negative(white.view(np.uint8))  # 1 -> 255
+
+
+def shape(picture: Picture) -> tuple[int, int]:
+    """Height and width."""
+    return picture.shape[:2] if isinstance(picture, np.ndarray) else picture.size[::-1]
 
 
 def nearest_exact(length: int, wanted: int) -> np.ndarray:
@@ -31,9 +38,9 @@ def nearest(array: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return array[nearest_exact(array.shape[0], size[0])][:, nearest_exact(array.shape[1], size[1])]
 
 
-def _resize(picture: np.ndarray, size: tuple[int, int], box: Box | None, filter: Image.Resampling) -> np.ndarray:
-    top, left, height, width = box or (0, 0, *picture.shape[:2])
+def _resize(picture: Picture, size: tuple[int, int], box: Box | None, filter: Image.Resampling) -> np.ndarray:
+    top, left, height, width = box or (0, 0, *shape(picture))
     if (height, width) == tuple(size):
-        return picture[top:top + height, left:left + width]
-    image = Image.fromarray(picture)
+        return np.asarray(picture)[top:top + height, left:left + width]
+    image = Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
     return np.asarray(image.resize(size[::-1], filter, (left, top, left + width, top + height), reducing_gap=3.0))

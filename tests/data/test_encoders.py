@@ -126,8 +126,6 @@ def test_batches_of_any_size_over_several_devices(config, tmp_path):
     script = f"""
         import jax, numpy as np
         from acejax.data.encoders import Encoders, EncodersConfig
-from acejax.data.features import Features
-from acejax.data.inputs import make_features
         made = Encoders.load(EncodersConfig(**{dataclasses.asdict(config)!r}))
         text, pooled = made.prompts({PROMPTS!r} + ["a", "b"])
         pictures = np.load({str(tmp_path / "pictures.npy")!r})
@@ -216,6 +214,7 @@ def test_the_command_makes_features_that_a_run_finds(run, config, capsys, monkey
         lines = capsys.readouterr().out.splitlines()
         return [int(line.split()[5]) for line in lines if " to encode" in line]
 
+    capsys.readouterr()
     masks = 2
     needed = [int(line.split()[1]) for line in said.splitlines() if " to encode" in line]
     assert needed[0] > 15 and needed[1] == 7

@@ -246,15 +246,19 @@ class _Build:
                  f"{len(looked.tasks)} tasks" + (f", {len(looked.skipped):,} skipped" if looked.skipped else "")]
         lines += [f"  {name:<8}{needed:>11,} needed {needed - absent:>11,} there {absent:>11,} to encode"
                   for name, needed, absent in (("tiles", work.needed, work.missing), ("prompts", prompts, missing))]
-        lines += [f"  {size / 1e9:,.2f} GB to be written{'' if each or not missing else ', and the prompts'}"]
+        lines += [f"  {_bytes(size)} to be written{'' if each or not missing else ', and the prompts'}"]
         print("\n".join(lines), flush=True)
 
     def _say(self, report: Report, seconds: float) -> None:
         said = ["all there, nothing encoded"]
         if report.tiles_encoded or report.prompts_encoded:
-            said = [f"{report.nbytes / 1e9:,.2f} GB written in {seconds:,.1f} s "
+            said = [f"{_bytes(report.nbytes)} written in {seconds:,.1f} s "
                     f"({report.tiles_encoded / max(seconds, 1e-9):,.1f} tiles/s)"]
         if report.skipped:
             said.append(f"{len(report.skipped):,} samples skipped, the first: {report.skipped[0][1]}")
-        said.append(f"{report.folder_nbytes / 1e9:,.2f} GB in {self._folder}")
+        said.append(f"{_bytes(report.folder_nbytes)} in {self._folder}")
         print(f"{self._name}: {'; '.join(said)}", flush=True)
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"

@@ -183,10 +183,9 @@ class _Build:
                 found.setdefault(int(sample), str(error))
             self._check(found)
 
-        mine = work.chunks[team.index::team.count]
-        count = sum(len(job.tiles) for chunk in mine for job in chunk)
+        jobs, count = work.share(team.index, team.count)
         with Progress(count, f"{self._name}: pictures", "tiles") as progress:
-            nbytes = encode.encode_tiles(mine, self._source, self._survey.row, self._recipe, self._encoders.pictures,
+            nbytes = encode.encode_tiles(jobs, self._source, self._survey.row, self._recipe, self._encoders.pictures,
                                          self._cache.batch, self._dtype, self._store, self._threads, progress, broken)
         for _, told in team.gather(self._folder, f"{self._name}.broken", {}, {"found": sorted(found.items())}):
             self._broken |= {sample: self._broken.get(sample, error) for sample, error in told["found"]}

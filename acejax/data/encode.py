@@ -3,7 +3,8 @@
 import collections
 import concurrent.futures
 import itertools
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -87,13 +88,13 @@ class Batches:
             self._finish(*self._sent.popleft())
 
 
-def encode_tiles(chunks: Sequence[Sequence[Job]], source: Sequence[Sample], rows: np.ndarray, recipe: Recipe,
+def encode_tiles(jobs: Iterable[tuple[int, Job]], source: Sequence[Sample], rows: np.ndarray, recipe: Recipe,
                  encode: EncodePictures, batch: int, dtype: np.dtype, store: Store, threads: int, progress: Progress,
                  broken: Callable[[Job, UserError], None]) -> int:
     """Make and write the tiles of jobs; returns the bytes written.
 
     Args:
-      chunks: jobs of each shard.
+      jobs: with the number of the shard that they go to; those of a shard follow each other.
       source: the samples; `rows` [M] tells which of them a job's sample is.
       recipe: of the tiles.
       encode: pictures to latents.
@@ -115,17 +116,16 @@ def encode_tiles(chunks: Sequence[Sequence[Job]], source: Sequence[Sample], rows
 
     batches = Batches(lambda pictures: encode(np.stack(pictures)), batch, keep)
 
-    def make(job: Job) -> dict[str, np.ndarray] | UserError:
+    def make(item: tuple[int, Job]) -> tuple[int, Job, dict[str, np.ndarray] | UserError]:
         try:
-            return _pixels(job, source, rows, recipe)
+            return *item, _pixels(item[1], source, rows, recipe)
         except UserError as error:
-            return error
+            return *item, error
 
-    jobs = list(itertools.chain.from_iterable(chunks))
     with Shards(store) as shards, concurrent.futures.ThreadPoolExecutor(threads) as pool:
         made = ahead(pool, make, jobs, threads + max(1, batch // 2))
-        for chunk in chunks:
-            for job, found in zip(chunk, made, strict=False):
+        for _, of_shard in itertools.groupby(made, key=operator.itemgetter(0)):
+            for _, job, found in of_shard:
                 if isinstance(found, UserError):
                     broken(job, found)
                     progress.update(len(job.tiles))

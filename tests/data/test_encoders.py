@@ -19,6 +19,8 @@ from acejax.data import encoders as encoders_file
 from acejax.data import latents, prepare, tiles
 from acejax.data.config import DataConfig
 from acejax.data.encoders import Encoders, EncodersConfig
+from acejax.data.features import Features
+from acejax.data.inputs import make_features
 from acejax.data.survey import Recipe
 from acejax.data.text import Tokenizers
 from acejax.lcu import patchify
@@ -124,6 +126,8 @@ def test_batches_of_any_size_over_several_devices(config, tmp_path):
     script = f"""
         import jax, numpy as np
         from acejax.data.encoders import Encoders, EncodersConfig
+from acejax.data.features import Features
+from acejax.data.inputs import make_features
         made = Encoders.load(EncodersConfig(**{dataclasses.asdict(config)!r}))
         text, pooled = made.prompts({PROMPTS!r} + ["a", "b"])
         pictures = np.load({str(tmp_path / "pictures.npy")!r})
@@ -194,7 +198,7 @@ def test_the_command_makes_features_that_a_run_finds(run, config, capsys, monkey
     monkeypatch.setattr(encoders_file.load, "load", None)  # the second time no model is read
     assert command() == 0 and "all there, nothing encoded" in capsys.readouterr().out
     assert files(file.parent / "cache") == before
-    features = given.features()
+    features = make_features(given)
     assert len(features) == 6 and features.datasets == ("list",)
     monkeypatch.undo()
     encoders = given.load_encoders()
@@ -257,6 +261,7 @@ def test_mistakes_end_in_one_line(run, capsys):
         assert command(*flags) == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1 and message in error
+    given = DataConfig.of(config_of(file))
     with pytest.raises(UserError, match="no features of 'list'; make them with `acejax data cache`"):
-        DataConfig.of(config_of(file)).features()
+        Features.open(file.parent / "cache", list(given.settings(given.load_encoders()).values()))
     assert not (file.parent / "cache" / "shards").exists()

@@ -5,15 +5,15 @@ import json
 import os
 import sys
 import time
+from typing import Any
 
 from etils import epath
-from tqdm import tqdm
 
-from acejax.data import manifest
+from acejax.data import manifest, written
 from acejax.data.build import NAME, build, record
+from acejax.data.progress import Progress
 from acejax.errors import UserError
 
-EVERY = 10.0  # seconds between lines where there is no terminal
 SHOWN = 10  # skipped samples that are named
 
 
@@ -24,81 +24,76 @@ def main(argv: list[str]) -> int:
       UserError: whatever is wrong with the manifest, its pictures, the flags or the place.
     """
     args = _parser().parse_args(argv)
-    if args.json and not epath.Path(args.json).absolute().parent.exists():
+    if args.json and not epath.Path(args.json).parent.exists():
         raise UserError(f"--json={args.json}: its folder is not there")
     if args.workers < 1 or (args.shards is not None and args.shards < 1):
         raise UserError(f"--workers={args.workers}, --shards={args.shards}: expected at least 1")
     found = manifest.read(args.manifest, args.fields, args.prefix)
-    faults = [found.told(fault) for fault in found.faults] if args.skip_broken else []
     source = manifest.Source(found, args.skip_broken)
     start = time.time()
     try:
-        with _Bar() as bar:
+        with _Told() as progress:
             folder = build(args.data_dir, {args.split: source}, name=args.name, version=args.version,
                            workers=args.workers, shards=args.shards, skip_broken=args.skip_broken,
-                           overwrite=args.overwrite, progress=bar)
+                           overwrite=args.overwrite, progress=progress)
     except KeyboardInterrupt:
         print("\nthe same command goes on with the files that are missing", file=sys.stderr)
         raise
-    written = record(folder)[args.split]
+    entry = record(folder)[args.split]
     report = {"folder": str(folder), "split": args.split, "seconds": round(time.time() - start, 2),
-              "wrote_samples": bar.samples, "faulty_lines": faults,
-              **{name: value for name, value in written.items() if name != "fingerprints"},
-              "files": len(written["fingerprints"])}
+              "wrote_samples": progress.samples, "faulty_lines": len({fault.line for fault in found.faults}),
+              "faults": [found.told(fault) for fault in found.faults],
+              **{name: value for name, value in entry.items() if name != "fingerprints"},
+              "files": len(entry["fingerprints"])}
     print(told(report))
     if args.json:
-        epath.Path(args.json).write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+        written.write(args.json, (json.dumps(report, indent=2, ensure_ascii=False) + "\n").encode())
     return 0
 
 
 def told(report: dict) -> str:
     """The report for people."""
-    over = 100 * (report["bytes"] / max(report["pictures"], 1) - 1)
     lines = [f"{report['folder']}, split {report['split']}: {report['records']:,} samples in {report['files']} files, "
-             f"{_size(report['bytes'])} ({over:.1f} % more than the pictures)"]
+             f"{_size(report['bytes'])} of which the pictures are {_size(report['pictures'])}"]
     if report["wrote_samples"]:
         lines.append(f"wrote {report['wrote_samples']:,} samples in {report['seconds']:,.1f} s, "
                      f"{report['wrote_samples'] / max(report['seconds'], 1e-9):,.0f} a second")
     else:
         lines.append("was there already; nothing to do")
-    skipped = [*report["faulty_lines"], *report["skipped"]]
-    if skipped:
-        lines.append(f"skipped {len(skipped):,} samples:")
-        lines += [f"  {message}" for message in skipped[:SHOWN]]
-        lines += [f"  and {len(skipped) - SHOWN:,} more (--json FILE has all)"] if len(skipped) > SHOWN else []
-    return "\n".join([*lines, "read it with:",
+    why = [*report["faults"], *report["skipped"]]
+    if why:
+        lines.append(f"left out {report['faulty_lines'] + len(report['skipped']):,} samples:")
+        lines += [f"  {message}" for message in why[:SHOWN]]
+        lines += [f"  and {len(why) - SHOWN:,} more (--json=FILE has all)"] if len(why) > SHOWN else []
+    return "\n".join([*lines, "use it, in a config or in Python, as:",
+                      f"  config.data.sources = {{'pairs': {{'path': {report['folder']!r}, "
+                      f"'split': {report['split']!r}}}}}",
                       f"  acejax.data.sources.open_source({report['folder']!r}, {report['split']!r})",
                       f"  tfds.builder_from_directory({report['folder']!r}).as_data_source({report['split']!r})"])
 
 
-class _Bar:
-    """A bar on a terminal; elsewhere a line now and then."""
+class _Told:
+    """Progress of the split; counts what this run writes."""
 
     def __init__(self):
-        self.samples = 0  # written by this run
-        self._first = self._bar = None
-        self._last = time.time()
+        self.samples = 0
+        self._there, self._bar = 0, None
 
-    def __enter__(self) -> "_Bar":
+    def __enter__(self) -> "_Told":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *error: Any) -> None:
         if self._bar is not None:
-            self._bar.close()
+            self._bar.__exit__(*error)
 
     def __call__(self, split: str, done: int, total: int, size: int) -> None:
         if self._bar is None:
-            self._first = done
-            self._bar = tqdm(total=total, initial=done, unit=" samples", desc=split, dynamic_ncols=True,
-                             disable=not sys.stderr.isatty())
+            self._there, self._bar = done, Progress(total - done, split, "samples")
             if done:
                 print(f"{done:,} of {total:,} samples are there already", file=sys.stderr)
-        self.samples = done - self._first
-        self._bar.update(done - self._bar.n)
-        self._bar.set_postfix_str(_size(size), refresh=False)
-        if self._bar.disable and (time.time() - self._last > EVERY):
-            self._last = time.time()
-            print(f"{split}: {done:,} of {total:,} samples, {_size(size)} read", file=sys.stderr, flush=True)
+        if new := done - self._there - self.samples:
+            self.samples += new
+            self._bar.update(new)
 
 
 def _size(size: float) -> str:

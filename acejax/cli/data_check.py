@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import logging
 import sys
 import warnings
 
@@ -32,14 +33,15 @@ def main(argv: list[str]) -> int:
             raise UserError(f"{path}: the folder {epath.Path(path).parent} is not there")
     if args.sheet and epath.Path(args.sheet).suffix.lower() != ".png":
         raise UserError(f"--sheet={args.sheet}: expected the name of a .png file")
-    if (args.batch_size or args.batch_tokens or 1) < 1:
+    if any(batch is not None and batch < 1 for batch in (args.batch_size, args.batch_tokens)):
         raise UserError("--batch_size and --batch_tokens: expected at least 1")
     make = CanvasConfig if args.split else CanvasConfig.lora
     config = make(max_tokens=args.max_tokens, budget=args.budget, parity=args.parity)
     if is_dataset(args.manifest):
         raise UserError(f"{args.manifest}: found a TFDS dataset; expected a manifest or a folder of pictures")
     found = manifest.read(args.manifest, args.fields, args.prefix)
-    warnings.simplefilter("ignore")  # Pillow's, about metadata; what matters is in the report
+    warnings.simplefilter("ignore")  # Pillow speaks of metadata; what matters is in the report
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)
     files = len({path for row in found.rows for _, path in row.files})
     with tqdm(total=files, unit=" files", desc="checking", disable=not sys.stderr.isatty(), leave=False) as bar:
         report = check(found, config, args.decode, args.seed, bar.update)

@@ -20,7 +20,7 @@ COMMANDS = {
 }
 _EXTRAS = {"transformers": "text", "ftfy": "text", "optax": "train", "orbax": "train", "grain": "train",
            "tensorflow_datasets": "train", "tensorboardX": "train", "skimage": "demo",
-           "matplotlib": "demo"}  # module: the extra that brings it
+           "matplotlib": "demo", "gcsfs": "gcs"}  # module: the extra that brings it
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -48,12 +48,13 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"acejax: {error}", file=sys.stderr)
         return 2
-    except ModuleNotFoundError as error:
-        extra = _EXTRAS.get(error.name.partition(".")[0]) if error.name else None
+    except ImportError as error:
+        module = error.name or getattr(error.__cause__, "name", None)  # fsspec explains in an error of its own
+        extra = _EXTRAS.get(module.partition(".")[0]) if module else None
         if extra is None:
             raise
-        extra = "demo" if argv[0] == "demo" else extra
-        print(f"acejax: {argv[0]} needs {error.name}; install it with: pip install 'acejax[{extra}]', in a checkout "
+        extra = "demo" if argv[0] == "demo" and extra == "train" else extra
+        print(f"acejax: {argv[0]} needs {module}; install it with: pip install 'acejax[{extra}]', in a checkout "
               f"pip install '.[{extra}]'", file=sys.stderr)
         return 2
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from absl import flags
 
+from acejax.checkpoint import claim
 from acejax.cli.config import CPU_DEVICES, parse_config
 from acejax.errors import UserError
 
@@ -17,13 +18,21 @@ def main(argv: Sequence[str]) -> int:
     workdir = values["workdir"].value
     if workdir is None:
         raise UserError("train: --workdir=DIR is missing")
-    from acejax.demo import job
     from acejax.parallel.mesh import split_cpu
-    from acejax.train.loop import train
+    from acejax.train import loop
 
     split_cpu(values["cpu_devices"].value)
-    _, _, stream = job.prepare(config, workdir)
-    _, seconds = train(config, workdir, stream)
+    if config.data.get("source") == "demo":
+        from acejax.demo import job
+        _, _, stream = job.prepare(config, workdir)
+    else:
+        from acejax.data import inputs
+        from acejax.data.config import DataConfig
+        data = DataConfig.of(config)
+        mesh, *_ = loop.check(config)
+        claim(workdir, config.to_dict(), loop.FREE)
+        stream = inputs.make_stream(config, inputs.make_features(data), mesh)
+    _, seconds = loop.train(config, workdir, stream)
     print(f"trained to step {config.steps}: {', '.join(f'{name} {value:.0f} s' for name, value in seconds.items())}")
     return 0
 

@@ -122,7 +122,7 @@ def contents(canvas: Canvas) -> Contents:
         part, weight = scratch[:, :len(edit[rows])]
         for channel in range(3):
             part[..., channel] = mask[rows, :, 0]
-        np.multiply(part, canvas.scale, out=weight)
+        np.multiply(part, float(canvas.scale), out=weight)
         np.subtract(1, weight, out=weight)
         content = edit[rows]
         _normalize_into(content, canvas.source[rows], canvas.present[rows])

@@ -127,7 +127,8 @@ def check(manifest: Manifest, config: CanvasConfig | None = None, decode: bool =
                                                                           if row.image],
              "references": [seen[path].size for row in good for path in row.references]}
     config = config or CanvasConfig()
-    tokens = np.array([tokens_of(config, row, seen, seed) for row in good], np.int64)
+    rng = np.random.default_rng(seed)
+    tokens = np.array([tokens_of(config, row, seen, rng) for row in good], np.int64)
     return Report(manifest, tuple(good), tuple(faults), tuple(warnings), len(seen), decode,
                   {field: found for field, found in sizes.items() if found}, tokens)
 
@@ -157,10 +158,9 @@ def look(paths: dict[str, bool], decode: bool = False, advance: Callable[[int], 
     return seen
 
 
-def tokens_of(config: CanvasConfig, row: Row, seen: dict[str, Seen], seed: int = 0) -> int:
+def tokens_of(config: CanvasConfig, row: Row, seen: dict[str, Seen], rng: np.random.Generator) -> int:
     """Tokens of a sample's canvas, its references' heights drawn as in training."""
     target, references = seen[row.target].size, [seen[path].size for path in row.references]
-    rng = np.random.default_rng((seed, row.line)) if references else None
     return lay(config, target, references, [prepare.share(config, target, rng) for _ in references]).tokens
 
 

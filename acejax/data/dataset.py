@@ -18,6 +18,7 @@ from etils import epath
 from tensorflow_datasets.proto import tf_example_pb2, tf_feature_pb2
 
 from acejax.data.dataset_folder import find
+from acejax.data.folder import NO_TASK
 from acejax.data.sample import Sample
 from acejax.errors import UserError
 
@@ -28,6 +29,7 @@ FEATURES = tfds.features.FeaturesDict({
     "task": tfds.features.Text(), "prompt": tfds.features.Text(), "target": PICTURE,
     "image": tfds.features.Sequence(PICTURE), "mask": tfds.features.Sequence(MASK),
     "references": tfds.features.Sequence(PICTURE), "detail": tfds.features.Text()})
+_SERIALIZER = tfds.core.ExampleSerializer(FEATURES.get_serialized_info())
 
 TEXTS = ("task", "prompt", "detail")
 PICTURES = ("target", "image", "mask", "references")
@@ -43,11 +45,13 @@ def serialize(sample: Sample) -> bytes:
     def listed(picture: bytes | None) -> list[bytes]:
         return [] if picture is None else [picture]
     try:
-        return FEATURES.serialize_example({
-            "task": sample.task, "prompt": sample.prompt, "target": sample.target, "image": listed(sample.image),
-            "mask": listed(sample.mask), "references": list(sample.references), "detail": sample.detail})
+        texts = {field: getattr(sample, field).encode() for field in TEXTS}
     except UnicodeEncodeError as error:  # half a surrogate pair, as careless JSON has it
         raise UserError(f"{sample.name}: text that is no valid unicode: {error.object[:80]!r}") from None
+    example = FEATURES.encode_example(texts | {
+        "target": sample.target, "image": listed(sample.image), "mask": listed(sample.mask),
+        "references": list(sample.references)})
+    return _SERIALIZER.get_tf_example(example).SerializeToString(deterministic=True)  # two builds: the same bytes
 
 
 def read(path: epath.PathLike, split: str = "train", fields: Mapping[str, str | None] | None = None) -> "Source":
@@ -96,7 +100,8 @@ class Source(Sequence):
             if found > most or field == "target" and not found:
                 raise UserError(f"{name}: {found} pictures in {self._columns[field]!r} for {field}; expected one")
         try:
-            texts = {field: b"".join(values.get(field, ())).decode() for field in TEXTS}
+            texts = {"task": NO_TASK, "detail": ""} | {
+                field: b"".join(values[field]).decode() for field in TEXTS if field in values}
         except UnicodeDecodeError as error:
             raise UserError(f"{name}: text that is not UTF-8 ({error})") from None
         return Sample(target=values["target"][0], image=next(iter(values.get("image", ())), None),
@@ -120,7 +125,7 @@ def columns(folder: str, features: tfds.features.FeatureConnector, fields: Mappi
     """
     if not isinstance(features, tfds.features.FeaturesDict):
         raise UserError(f"{folder}: its features are {_named(features)}; expected a FeaturesDict")
-    has = "it has " + ", ".join(f"{name} ({_named(features[name])})" for name in features)
+    has = "it has " + ", ".join(f"{name} ({_named(features[name])})" for name in sorted(features))
     unknown = sorted(set(fields) - {*TEXTS, *PICTURES})
     if unknown:
         raise UserError(f"fields: no field {', '.join(unknown)}; the fields are {', '.join((*PICTURES, *TEXTS))}")
@@ -130,8 +135,8 @@ def columns(folder: str, features: tfds.features.FeatureConnector, fields: Mappi
     for field, column in found.items():
         kind, serves = ("a picture", _is_picture) if field in PICTURES else ("text", _is_text)
         if column is None and field in REQUIRED:
-            raise UserError(f"{folder}: no feature for {field}; expected one of that name, {kind}, or a field that "
-                            f"says which it is, such as {field}=NAME; {has}")
+            raise UserError(f"{folder}: no feature for {field}; expected one of that name, {kind}, or "
+                            f"fields={{{field!r}: NAME}}; {has}")
         if column is not None and column not in features:
             raise UserError(f"{folder}: no feature {column!r} for {field}; {has}")
         if column is not None and not serves(features[column]):

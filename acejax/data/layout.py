@@ -123,25 +123,33 @@ def lay(config: CanvasConfig, target: Size, references: Sequence[Size] = (), sha
         content = max(1, round(share * height))
         most = _floor(config.max_tokens * TOKEN**2 / height, step)
         unit = max(step, round(wide * content / tall / step) * step)
-        if unit > most:
-            unit, content = most, max(1, round(most * tall / wide))
+        if unit > most or unit == step:  # cut to the budget, or the narrowest there is: the height follows
+            unit = min(unit, most)
+            content = max(1, min(height, round(unit * tall / wide)))
         widths.append(unit)
         contents.append(content)
     return Layout(height, (*widths, width), (*contents, height))
 
 
 def _lay_together(config: CanvasConfig, target: Size, references: Sequence[Size], shares: Sequence[float]) -> Layout:
-    """All units share the budget."""
+    """All units share the budget. What rounding down leaves of it goes to the sides that lost most, a step each."""
     (height, width), step = visible(target)[2:], config.multiple
     wide = [seen[3] / seen[2] * share * height for seen, share in zip(map(visible, references), shares, strict=True)]
+    wanted = height, *wide, width
     k = min(1.0, math.sqrt(config.max_tokens * TOKEN**2 / (height * (width + sum(wide)))))
-    while True:  # a second turn only where sides of one step are too much
-        tall = _floor(height * k, step)
-        layout = Layout(tall, (*(_floor(side * k, step) for side in wide), _floor(width * k, step)),
-                        (*(max(1, round(share * tall)) for share in shares), tall))
-        if layout.tokens <= config.max_tokens or tall == step:
-            return layout
+
+    def fits(sides: Sequence[int]) -> bool:
+        return sides[0] * sum(sides[1:]) <= config.max_tokens * TOKEN**2
+
+    sides = [_floor(side * k, step) for side in wanted]
+    while not fits(sides) and sides[0] > step:  # only where sides of one step are too much
         k *= 0.95
+        sides = [_floor(side * k, step) for side in wanted]
+    for i in sorted(range(len(sides)), key=lambda i: sides[i] / wanted[i]):
+        longer = [*sides[:i], sides[i] + step, *sides[i + 1:]]
+        if sides[i] < wanted[i] * k and longer[i] <= wanted[i] and fits(longer):
+            sides = longer
+    return Layout(sides[0], tuple(sides[1:]), (*(max(1, round(share * sides[0])) for share in shares), sides[0]))
 
 
 def _lay_released(config: CanvasConfig, target: Size, references: Sequence[Size], shares: Sequence[float]) -> Layout:
@@ -149,6 +157,9 @@ def _lay_released(config: CanvasConfig, target: Size, references: Sequence[Size]
     heights = [max(1, round(share * target[0])) for share in shares]
     widths = [released_layout.reference_width(*pair) for pair in zip(references, heights, strict=True)]
     size, seam = released_layout.fit(config.max_tokens, (target[0], sum(widths) + target[1]), sum(widths))
+    if seam >= size[1]:
+        raise UserError(f"a target of {target} (height, width) beside references of {list(references)} leaves it no "
+                        "token with parity='reference'; expected narrower references")
     return Layout(size[0], released_layout.units(size, seam, widths), (*heights, target[0]))
 
 

@@ -109,24 +109,21 @@ def write_shard(job: Job, shard: int, progress: Progress) -> None:
     """
     note: Note = {"records": 0, "bytes": 0, "pictures": 0, "skipped": []}
     final = job.path(shard)
-    with _place(final, job.note(shard).parent) as place:
-        try:
+    try:
+        with _place(final, job.note(shard).parent) as place:
             writer = array_record_module.ArrayRecordWriter(str(place), OPTIONS)
             try:
                 for index in job.samples(shard):
                     _add(job, index, writer, note, progress)
             finally:
                 writer.close()
-            reader = array_record_module.ArrayRecordReader(str(place))
-            records = reader.num_records()
-            reader.close()
-            if records != note["records"]:
+            if (records := _records(place)) != note["records"]:
                 raise OSError(f"{records} of {note['records']} records arrived")
             _sync(place)
-        except (RuntimeError, OSError) as error:  # array_record's errors are RuntimeErrors
-            raise UserError(f"{final}: cannot be written ({_first_line(error)}); the same command goes on with the "
-                            "files that are missing") from error
-        note["bytes"] = place.stat().st_size
+            note["bytes"] = place.stat().st_size
+    except (RuntimeError, OSError) as error:  # array_record's errors are RuntimeErrors
+        raise UserError(f"{final}: cannot be written ({_first_line(error)}); the same command goes on with the files "
+                        "that are missing") from error
     write_json(job.note(shard), note)
 
 
@@ -185,6 +182,15 @@ def _place(final: epath.Path, building: epath.Path) -> Iterator[pathlib.Path]:
         place.replace(final)
     finally:
         place.unlink(missing_ok=True)
+
+
+def _records(place: pathlib.Path) -> int:
+    """What a reader finds; of a file cut off, none."""
+    reader = array_record_module.ArrayRecordReader(str(place))
+    try:
+        return reader.num_records()
+    finally:
+        reader.close()
 
 
 def _sync(place: pathlib.Path) -> None:

@@ -27,6 +27,8 @@ def open_source(path: epath.PathLike, split: str = "train", fields: Fields | Non
       UserError: nothing there, nothing of the three, or what the kind itself finds wrong.
     """
     path = epath.Path(path)
+    if hasattr(fields, "items"):  # a ConfigDict is no Mapping
+        fields = dict(fields.items())
     if not path.exists():
         raise UserError(f"{path}: no such file or folder; expected a manifest, a folder of pictures or a TFDS dataset")
     if path.is_dir() and dataset_folder.is_dataset(path):

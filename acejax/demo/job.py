@@ -11,23 +11,34 @@ from typing import Any
 import jax
 import ml_collections
 import numpy as np
+import xxhash
 from etils import epath
+from jax.sharding import Mesh
 from PIL import Image
 
 from acejax.checkpoint import claim
-from acejax.data import dataset, pictures
+from acejax.data import dataset, inputs, pictures
+from acejax.data.augment import AugmentConfig
 from acejax.data.build import build
-from acejax.data.cache import tabulate
+from acejax.data.cache import CacheConfig
 from acejax.data.canvas import normalize
+from acejax.data.config import DataConfig, SourceConfig
+from acejax.data.encoders import Encoders
+from acejax.data.layout import CanvasConfig
 from acejax.data.sample import Sample
-from acejax.data.schedule import Stage
 from acejax.data.stream import Stream
 from acejax.demo import evaluate, weights
 from acejax.demo.grid import save_grid
-from acejax.demo.pictures import REPAINTING, TASKS, samples
-from acejax.demo.surroundings import TEXT_WIDTH, Autoencoder, encode_pictures, encode_prompts, fit_autoencoder
+from acejax.demo.pictures import TASKS, samples
+from acejax.demo.surroundings import (
+    TEXT_TOKENS,
+    TEXT_WIDTH,
+    Autoencoder,
+    encode_pictures,
+    encode_prompts,
+    fit_autoencoder,
+)
 from acejax.errors import UserError
-from acejax.lcu import fold_mask, patchify
 from acejax.model.config import MMDiTConfig
 from acejax.train import loop
 
@@ -35,13 +46,13 @@ TEST_SEED = 1_000_000  # the test pictures are the same for every seed
 FIT_PICTURES = 1500  # that the autoencoder is fitted to
 
 
-def check(config: ml_collections.ConfigDict) -> None:
-    """What the built-in pictures ask of a config; nothing is written.
+def check(config: ml_collections.ConfigDict) -> Mesh:
+    """What the built-in pictures ask of a config; nothing is written. Returns the run's mesh.
 
     Raises:
       UserError: as `acejax.train.loop.check`, or data, stages, evaluation or text sizes that can't be.
     """
-    loop.check(config)
+    mesh, *_ = loop.check(config)
     if config.data.source != "demo":
         raise UserError(f"config.data.source is {config.data.source!r}; so far there is 'demo', the built-in pictures")
     if [tokens for tokens, _ in config.data.batch_sizes] != [16, 32, 48] or config.data.samples < 1:
@@ -54,6 +65,7 @@ def check(config: ml_collections.ConfigDict) -> None:
         raise UserError(f"config.stages: unknown task {', '.join(sorted(unknown))}; known: {', '.join(TASKS)}")
     if (config.model.context_in_dim, config.model.vec_in_dim) != (TEXT_WIDTH, TEXT_WIDTH):
         raise UserError(f"config.model.context_in_dim and vec_in_dim must be {TEXT_WIDTH}, the text encoder's width")
+    return mesh
 
 
 def prepare(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> tuple[epath.Path, Autoencoder, Stream]:
@@ -62,7 +74,7 @@ def prepare(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> tuple
     Raises:
       UserError: as `check` and `acejax.train.loop.check`, or a workdir of another config.
     """
-    check(config)
+    mesh = check(config)
     claim(workdir, config.to_dict(), loop.FREE)
     print("writing the pictures, fitting the autoencoder, encoding ...", flush=True)
     folder = build(epath.Path(workdir) / "data", {
@@ -72,37 +84,14 @@ def prepare(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> tuple
     rows = dataset.read(folder, "train")
     picks = np.random.default_rng(config.seed).permutation(len(rows))[:FIT_PICTURES]
     autoencoder = fit_autoencoder(normalize(np.stack([decoded(rows[index])["target"] for index in picks])))
-    tables = tabulate(map(decoded, rows), REPAINTING,
-                      lambda batch: encode_pictures(autoencoder, batch), encode_prompts)
-    stages = [Stage(round(stage["share"] * config.steps), stage["weights"]) for stage in config.stages]
-    sizes = dict(config.data.batch_sizes)
-    return folder, autoencoder, Stream(_Table(tables), stages, list(sizes), sizes, config.seed)
-
-
-class _Table:
-    """Tables of features as rows of the stream."""
-
-    def __init__(self, tables):
-        self.tasks, self.datasets = tuple(tables), ("demo",)
-        count = [len(table["target"]) for table in tables.values()]
-        self.task = np.repeat(np.arange(len(count), dtype=np.int32), count)
-        self.dataset = np.zeros_like(self.task)
-        self._rows = [{name: values[i] for name, values in table.items()} for table in tables.values()
-                      for i in range(len(table["target"]))]
-        self.references = np.array([int(row["unit"].max()) + 1 for row in self._rows])
-        self.tokens = 16 * (1 + self.references)
-
-    def __len__(self):
-        return len(self._rows)
-
-    def fetch(self, index, rng):
-        row = self._rows[index]
-        tokens = {name: np.asarray(patchify(row[name][None]))[0] for name in ("edit", "modify", "target")}
-        mask = np.asarray(patchify(fold_mask(row["mask"][None])))[0] * 255
-        rows, columns = len(tokens["edit"]) // len(row["unit"]), len(row["unit"])
-        return tokens | {"mask": mask, "positions": np.indices((1, rows, columns)).reshape(3, -1).T.astype(np.int32),
-                         "unit": np.tile(row["unit"], rows), "text": row["text"], "pooled": row["pooled"],
-                         "task": self.task[index]}
+    encoders = Encoders(jax.jit(functools.partial(encode_pictures, autoencoder)), encode_prompts,
+                        xxhash.xxh3_64_hexdigest(b"".join(np.asarray(leaf).tobytes() for leaf in autoencoder.values())),
+                        str.encode, (TEXT_TOKENS, TEXT_WIDTH, TEXT_WIDTH))
+    canvas = CanvasConfig(**config.data.canvas.to_dict())
+    data = DataConfig({"demo": SourceConfig(str(folder))}, canvas, AugmentConfig(),
+                      None, CacheConfig(str(epath.Path(workdir) / "cache"), "float32", batch=64), config.seed)
+    features = inputs.make_features(data, {"demo": rows}, encoders)
+    return folder, autoencoder, inputs.make_stream(config, features, mesh)
 
 
 def run(config: ml_collections.ConfigDict, workdir: epath.PathLike, setup_seconds: float = 0.0) -> dict[str, Any]:

@@ -10,8 +10,8 @@ import numpy as np
 
 from acejax import flow, lcu
 from acejax.data import latents
-from acejax.data.cache import EncodePrompts
 from acejax.data.canvas import Canvas, denormalize, editing
+from acejax.data.encoders import EncodePrompts
 from acejax.data.latents import EncodePictures
 from acejax.data.layout import CanvasConfig
 from acejax.model.config import Execution, MMDiTConfig

@@ -4,8 +4,11 @@ Both layouts' plans meet in the rows of torch's matrices, so that a conversion i
 one chunk at a time. What was written is read back and turned into the source's layout again before it gets its name.
 """
 
+import collections
 import concurrent.futures
 import dataclasses
+import functools
+import itertools
 import math
 import pathlib
 from collections.abc import Callable, Iterator
@@ -27,6 +30,7 @@ from acejax.weights.source import NAMES, Stored, Tensor, chunks, same_bits, show
 _NOT_FINITE = {np.dtype(np.float64): 0x7FF0_0000_0000_0000, np.dtype(np.float32): 0x7F80_0000,
                np.dtype(np.float16): 0x7C00, np.dtype(ml_dtypes.bfloat16): 0x7F80,
                np.dtype(ml_dtypes.float8_e5m2): 0x7C, np.dtype(ml_dtypes.float8_e4m3fn): 0x7F}
+BEHIND = 4  # tensors that reading back may be behind writing
 Progress = Callable[[int], Any]
 
 
@@ -111,34 +115,48 @@ def convert(model: Model, target: pathlib.Path, to: str, dtype: Any = None, pref
       progress: called with bytes done; each byte passes twice, there and back.
 
     Raises:
-      UserError: the target is there already or can't be written; a finite number that the dtype can't hold.
+      UserError: the target is there already or can't be written; a finite number that the dtype can't hold; a disk that
+        gives back something else than was written.
     """
     prefix = keymaps.layouts_of(model.config)[to].prefixes[0] if prefix is None else prefix
     plan = _plan(model, to, dtype, prefix)
     entries = [Entry(job.row.key, job.dtype, job.row.shape) for job in plan]
-    with save.beside(target) as place:
-        files = save.write(place, model.config, entries, _contents(model, plan, progress),
-                           folder=target.suffix != ".safetensors")
-        with concurrent.futures.ThreadPoolExecutor(1) as pool:  # read back while the disk still writes
-            synced = pool.submit(save.sync, files)
-            exact = _come_back(model, open_model(place, type(model.config), model.config), plan, progress)
-            synced.result()
-    return _report(model, to, plan, exact, tuple(str(target / file.name if file != place else target)
+    with save.beside(target) as place, concurrent.futures.ThreadPoolExecutor(1) as reader:
+        reopen = functools.partial(open_model, place, type(model.config), model.config)
+        check, checks = _Check(model, reopen, progress), collections.deque()
+
+        def contents() -> Iterator[np.ndarray | Stored]:
+            for written, job in itertools.pairwise([None, *plan]):
+                if written:
+                    checks.append(reader.submit(check, written))
+                while checks and (checks[0].done() or len(checks) > BEHIND):
+                    checks.popleft().result()
+                yield from _contents(model, job, progress)
+
+        files = save.write(place, model.config, entries, contents(), folder=target.suffix != ".safetensors")
+        checks.append(reader.submit(check, plan[-1]))
+        save.sync(files)
+        for done in checks:
+            done.result()
+        if reopen().tensors != check.back.tensors:
+            raise UserError(f"{place}: its header does not read back as it was written; is the disk sound?")
+    return _report(model, to, plan, check, tuple(str(target / file.name if file != place else target)
                                                  for file in files))
 
 
-def _report(model: Model, to: str, plan: list["_Job"], exact: int, files: tuple[str, ...] = ()) -> Report:
+def _report(model: Model, to: str, plan: list["_Job"], check: "_Check", files: tuple[str, ...] = ()) -> Report:
+    used = len(model.tensors)
     return Report(str(model.path), KINDS[type(model.config)][0], dataclasses.asdict(model.config), model.layout, to,
-                  len(model.tensors), model.twins, model.ignored, model.left_over, exact, [job.row for job in plan],
-                  files)
+                  used, model.twins, model.ignored, model.left_over, used - len(check.changed),
+                  [job.row for job in plan], files)
 
 
 def compare(model: Model, made: Model, dtype: Any = None) -> Report:
     """The report of a conversion by other means, whose result is `made`."""
-    plan = _plan(model, made.layout, dtype, "")
-    for _ in _contents(model, plan, _quiet):
-        pass
-    return _report(model, made.layout, plan, _come_back(model, made, plan, _quiet))
+    plan, check = _plan(model, made.layout, dtype, ""), _Check(model, lambda: made, _quiet)
+    for job in plan:
+        check(job)
+    return _report(model, made.layout, plan, check)
 
 
 def of_tree(path: pathlib.Path, config: Config, params: Any) -> Model:
@@ -173,6 +191,7 @@ class _Made:
 
 @dataclasses.dataclass(frozen=True)
 class _Job:
+    key: str
     row: Row
     dtype: np.dtype
     pieces: list[Piece]
@@ -190,7 +209,7 @@ def _plan(model: Model, to: str, dtype: Any, prefix: str) -> list[_Job]:
         stored = layout.common(model.tensors[source].dtype for source in sources)
         out = np.dtype(dtype or stored)
         row = Row(prefix + key, shape, NAMES[out], tuple(model.names[source] for source in sources), NAMES[stored])
-        jobs.append(_Job(row, out, met[key]))
+        jobs.append(_Job(key, row, out, met[key]))
     for key, tensor in model.tensors.items():
         _require(key, used[key], tensor.shape)
     return jobs
@@ -205,34 +224,18 @@ def _size(region: tuple[slice, ...]) -> int:
     return math.prod(part.stop - part.start for part in region)
 
 
-def _contents(model: Model, plan: list[_Job], progress: Progress) -> Iterator[np.ndarray | Stored]:
-    """What to write; while a part is written, another thread looks at its numbers for the row."""
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        for job in plan:
-            hashed = xxhash.xxh3_64()
-            for piece in job.pieces:
-                tensor = _rows(model.tensors[piece.source], piece.taken)
-                if isinstance(tensor, Stored) and tensor.dtype == job.dtype:
-                    looked = pool.submit(_look_through, tensor, job.row, hashed)
-                    yield tensor
-                    looked.result()
-                    progress(tensor.nbytes)
-                    continue
-                for chunk in chunks(tensor):
-                    out = chunk if chunk.dtype == job.dtype else _cast(chunk, job)
-                    looked = pool.submit(look, chunk, out, job.row, hashed)
-                    yield _bytes(out)
-                    looked.result()
-                    progress(chunk.nbytes)
-            job.row.xxh3 = hashed.hexdigest()
-
-
-def _look_through(tensor: Stored, row: Row, hashed: xxhash.xxh3_64) -> None:
-    for chunk in chunks(tensor):
-        look(chunk, chunk, row, hashed)
+def _contents(model: Model, job: _Job, progress: Progress) -> Iterator[np.ndarray | Stored]:
+    """What to write for one tensor."""
+    for piece in job.pieces:
+        tensor = _rows(model.tensors[piece.source], piece.taken)
+        for part in [tensor] if isinstance(tensor, Stored) and tensor.dtype == job.dtype else chunks(tensor):
+            yield part if isinstance(part, Stored) else _bytes(_cast(part, job))
+            progress(part.nbytes)
 
 
 def _cast(chunk: np.ndarray, job: _Job) -> np.ndarray:
+    if chunk.dtype == job.dtype:
+        return chunk
     with np.errstate(over="ignore", invalid="ignore"):
         out = chunk.astype(job.dtype)
     if not _all_finite(out) and (~np.isfinite(out)).sum() != (~np.isfinite(chunk)).sum():
@@ -277,28 +280,48 @@ def _rows(tensor: Tensor, region: tuple[slice, ...]) -> Tensor | np.ndarray:
     return np.ascontiguousarray(tensor[region])
 
 
-def _come_back(model: Model, back: Model, plan: list[_Job], progress: Progress) -> int:
-    """How many source tensors come back bit for bit from what was written.
+class _Check:
+    """Reads what was written, a tensor at a time, holds it against the source, and fills the tensor's row.
 
-    Raises:
-      UserError: what was written is not what the source's numbers are in the written dtype.
+    Attributes:
+      back: what was written, as its own header says.
+      changed: source tensors that do not come back bit for bit.
     """
-    met = layout.meet(keymaps.plan_for(model.config, back.layout), keymaps.plan_for(model.config, model.layout))
-    written = {key: job.dtype for key, job in zip(keymaps.expected(model.config, back.layout), plan, strict=True)}
 
-    def comes_back(key: str, pieces: list[Piece]) -> bool:
-        same = True
-        for piece in pieces:
-            for there, here in zip(chunks(_rows(back.tensors[piece.source], piece.taken)),
-                                   chunks(_rows(model.tensors[key], piece.given)), strict=True):
-                there = there.reshape(here.shape)  # [out, in] against [out, in, 1, 1]
+    def __init__(self, model: Model, reopen: Callable[[], Model], progress: Progress):
+        self._model, self._reopen, self._progress = model, reopen, progress
+        self.changed: set[str] = set()
+
+    @functools.cached_property
+    def back(self) -> Model:
+        return self._reopen()
+
+    @functools.cached_property
+    def _pieces(self) -> dict[str, list[Piece]]:
+        """The way back: for each written tensor, in order of its rows, where they go in the source's layout."""
+        met = layout.meet(keymaps.plan_for(self._model.config, self.back.layout),
+                          keymaps.plan_for(self._model.config, self._model.layout))
+        pieces = sorted(itertools.chain(*met.values()), key=lambda piece: piece.taken[0].start)
+        return layout.grouped(pieces, "source")
+
+    def __call__(self, job: _Job) -> None:
+        """Check one tensor, which is written.
+
+        Raises:
+          UserError: it is not what the source's numbers are in the written dtype.
+        """
+        hashed = xxhash.xxh3_64()
+        _require(job.key, sum(_size(piece.taken) for piece in self._pieces[job.key]), job.row.shape)
+        for piece in self._pieces[job.key]:
+            for there, here in zip(chunks(_rows(self.back.tensors[job.key], piece.taken)),
+                                   chunks(_rows(self._model.tensors[piece.target], piece.given)), strict=True):
+                there, out = there.reshape(here.shape), _cast(here, job)  # [out, in] against [out, in, 1, 1]
+                look(here, out, job.row, hashed)
                 if not same_bits(there, here):
-                    if not same_bits(there, here.astype(written[piece.source]).astype(there.dtype, copy=False)):
-                        raise UserError(f"{back.path}: {shown(piece.source)} does not read back as it was written; is "
+                    if not same_bits(there, out.astype(there.dtype, copy=False)):
+                        raise UserError(f"{self.back.path}: {shown(job.key)} does not read back as it was written; is "
                                         "the disk sound?")
-                    same = same and same_bits(here, there.astype(here.dtype))
-                progress(here.nbytes)
-        return same
-
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        return sum(pool.map(comes_back, met, met.values()))
+                    if not same_bits(here, there.astype(here.dtype)):
+                        self.changed.add(piece.target)
+                self._progress(here.nbytes)
+        job.row.xxh3 = hashed.hexdigest()

@@ -83,7 +83,8 @@ def write_tensors(place: pathlib.Path, tensors: Mapping[str, np.ndarray], metada
     """As `save_tensors`, right at `place`, and on the disk when it returns."""
     entries = [Entry(key, tensor.dtype, tensor.shape) for key, tensor in tensors.items()]
     contents = (np.ascontiguousarray(tensor).reshape(-1).view(np.uint8) for tensor in tensors.values())
-    _write_file(place, entries, contents, metadata)
+    _write_header(place, entries, metadata)
+    _write_file(place, entries, contents)
     sync([place])
 
 
@@ -121,33 +122,33 @@ def write(place: pathlib.Path, config: Config, entries: Sequence[Entry], content
     """Write a file or a folder; returns the tensor files.
 
     `contents` are the tensors' bytes one after the other, in pieces of any size; a `Stored` stands for bytes on disk.
+    Before the first of them is asked for, all headers stand and all files have their length: what is written already
+    can be opened and read while the rest follows.
     """
     contents = iter(contents)
-    if folder:
-        files = _write_folder(place, config, entries, contents)
-    else:
-        files = [place]
-        _write_file(place, entries, contents)
+    files = _begin_folder(place, config, entries) if folder else {place: entries}
+    for path, shard in files.items():
+        _write_header(path, shard)
+    for path, shard in files.items():
+        _write_file(path, shard, contents)
     for _ in contents:  # lets a generator end, too
         raise RuntimeError(f"{place}: more bytes than its tensors have")
-    return files
+    return list(files)
 
 
-def _write_folder(place: pathlib.Path, config: Config, entries: Sequence[Entry],
-                  contents: Iterator[np.ndarray | Stored]) -> list[pathlib.Path]:
+def _begin_folder(place: pathlib.Path, config: Config, entries: Sequence[Entry]) -> dict[pathlib.Path, list[Entry]]:
+    """A folder with all but the tensor files; which of these gets which tensors."""
     place.mkdir()
     (place / "config.json").write_text(json.dumps(geometry.to_json(config), indent=2) + "\n")
     stem = "diffusion_pytorch_model" if isinstance(config, MMDiTConfig | AutoencoderConfig) else "model"
     shards = _shards(entries)
     names = ([f"{stem}.safetensors"] if len(shards) == 1 else
              [f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)])
-    for name, shard in zip(names, shards, strict=True):
-        _write_file(place / name, shard, contents)
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(entry.nbytes for entry in entries)},
                  "weight_map": {entry.key: name for name, shard in zip(names, shards, strict=True) for entry in shard}}
         (place / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-    return [place / name for name in names]
+    return {place / name: shard for name, shard in zip(names, shards, strict=True)}
 
 
 def _shards(entries: Sequence[Entry]) -> list[list[Entry]]:
@@ -163,9 +164,8 @@ def _shards(entries: Sequence[Entry]) -> list[list[Entry]]:
     return shards
 
 
-def _write_file(path: pathlib.Path, entries: Sequence[Entry], contents: Iterator[np.ndarray | Stored],
-                metadata: Mapping[str, str] = METADATA) -> None:
-    """One safetensors file (huggingface/safetensors README): its header is known before any number is."""
+def _write_header(path: pathlib.Path, entries: Sequence[Entry], metadata: Mapping[str, str] = METADATA) -> None:
+    """The start of a safetensors file (huggingface/safetensors README), and room for its numbers."""
     header: dict[str, Any] = {"__metadata__": METADATA | dict(metadata)}
     end = 0
     for entry in entries:
@@ -174,11 +174,19 @@ def _write_file(path: pathlib.Path, entries: Sequence[Entry], contents: Iterator
         end += entry.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb", buffering=0) as file, _flushing(file) as flush:
+    with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        while end:
+        file.truncate(file.tell() + end)
+
+
+def _write_file(path: pathlib.Path, entries: Sequence[Entry], contents: Iterator[np.ndarray | Stored]) -> None:
+    """The numbers of a file whose header is there."""
+    left = sum(entry.nbytes for entry in entries)
+    with path.open("r+b", buffering=0) as file, _flushing(file) as flush:
+        file.seek(-left, os.SEEK_END)
+        while left:
             part = next(contents)
-            end -= part.nbytes
+            left -= part.nbytes
             if isinstance(part, Stored):
                 _copy(part, file)
             else:
@@ -205,7 +213,7 @@ def _flushing(file: io.FileIO) -> Iterator[Callable[[int], None]]:
 
 
 def _copy(stored: Stored, file: io.FileIO) -> None:
-    """The bytes of a tensor on disk to the end of a file, inside the kernel where it can."""
+    """The bytes of a tensor on disk to where a file is at, inside the kernel where it can."""
     with stored.path.open("rb", buffering=0) as source:
         done, copy = 0, _in_kernel
         while done < stored.nbytes:

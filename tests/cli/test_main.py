@@ -38,6 +38,8 @@ def place(tmp_path, monkeypatch):
               tmp_path / "lora.safetensors")
     shutil.copy(SHIPPED / "mmdit.safetensors", tmp_path)
     save_file(cases.state(MMDIT), tmp_path / "flux.safetensors")
+    (tmp_path / "pairs.jsonl").write_text('{"task": "x", "prompt": "p", "target": "a.png"}\n{}}\n'
+                                          '{"task": "x", "prompt": "p", "target": "broken.png"}\n')
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     return tmp_path
@@ -95,8 +97,17 @@ MISTAKES = [
     (f"train {CONFIG} --workdir=run --config.model.depth=0", "config.model: depth is 0; expected a positive number"),
     (f"train {CONFIG} --workdir=run --config.model.in_channels=384", "canvas.split=True the data makes 448"),
     (f"train {CONFIG} --workdir=run --config.data.batch_sizes=((16,8),)", "for 16, 32 and 48 tokens"),
-    (f"train {CONFIG} --workdir=run --config.data.source=mine", "there is 'demo', the built-in pictures"),
+    (f"train {CONFIG} --workdir=run --config.data.source=mine", "config.data.sources is missing; expected fields"),
     (f"train {CONFIG} --workdir=out.png", "workdir out.png cannot be written"),
+    ("data nosuch", "no command data 'nosuch'; the commands are check"),
+    ("data check nosuch.jsonl", "manifest nosuch.jsonl: no such file or folder"),
+    ("data check a.png", "manifest a.png: found a binary file"),
+    ("data check pairs.jsonl --sheet=no/s.png", "no/s.png: the folder no is not there"),
+    ("data check pairs.jsonl --sheet=s.jpg", "expected the name of a .png file"),
+    ("data check pairs.jsonl --batch_size=0", "expected at least 1"),
+    ("data check pairs.jsonl --fields=prompt", "lacks target_image"),
+    ("data check pairs.jsonl --max_tokens=1", "canvas.max_tokens is 1"),
+    ("data check pairs.jsonl", "pairs.jsonl: 2 faults in 2 of 3 samples"),
     (f"demo {CONFIG} --workdir=run --config.evaluate.held=0", "at least 2 samples"),
     (f"demo {CONFIG} --workdir=run --config.execution.attention=flash", "'flash'; known: auto"),
 ]

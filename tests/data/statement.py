@@ -42,12 +42,13 @@ def triangle(length: int, wanted: int) -> np.ndarray:
 
     The step and the pixels' middles are float32, as `indices` has them.
     """
-    step = float(np.float32(length / wanted))
+    step, half = np.float32(length / wanted), np.float32(0.5)
+    reach = max(step, np.float32(1))
     weights = np.zeros((wanted, length))
     for i in range(wanted):
-        centre, reach = float(np.float32((i + 0.5) * step)), max(step, 1)
-        for j in range(max(0, math.floor(centre - reach) - 1), min(length, math.ceil(centre + reach) + 1)):
-            weights[i, j] = max(0, 1 - abs(j + 0.5 - centre) / reach)
+        centre = np.float32(i + 0.5) * step
+        for j in range(max(0, int(centre - reach + half)), min(length, int(centre + reach + half))):
+            weights[i, j] = max(0, 1 - abs(j + 0.5 - float(centre)) / float(reach))
         weights[i] /= weights[i].sum()
     return weights
 

@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 
 from acejax import UserError
+from acejax.data.buckets import choose
 from acejax.data.schedule import Stage
 from acejax.data.stream import Broken, Stream, batch_sizes, collate
 from tests.counts import count
+from tests.data.test_buckets import draw_tokens
 
 BUCKETS = (64, 128, 192, 256)
 SIZES = {64: 8, 128: 4, 192: 4, 256: 2}
@@ -138,6 +140,18 @@ def test_padding():
     assert batch["lengths"].tolist() == [64, 128] and batch["target"].shape == (2, 192, 2)
     assert (batch["unit"][0] == [-1] * 64 + [-2] * 128).all() and (batch["unit"][1] == [-1] * 128 + [-2] * 64).all()
     assert not batch["target"][0, 64:].any() and (batch["target"][1, :128] == 2).all()
+
+
+def test_an_epoch_of_all_sizes_is_padded_little():
+    """20,000 simulated sizes, half with a reference, at most 4,096 tokens: measured on the batches."""
+    table = Table(count(1_000, 20_000))
+    table.tokens = np.array(draw_tokens("canvas"))[:len(table)]
+    chosen = choose(table.tokens)
+    stream = Stream(table, [Stage(1)], chosen, batch_sizes(chosen, 32_768), seed=0)
+    lengths = [(batch.bucket, batch.arrays["lengths"]) for batch in stream.batches(0, round(stream.schedule.epoch(0)))]
+    waste = 1 - sum(length.sum() for _, length in lengths) / sum(bucket * len(length) for bucket, length in lengths)
+    print(f"{waste:.2%} of an epoch's tokens are padding, in {len({bucket for bucket, _ in lengths})} shapes")
+    assert waste <= 0.025 and len({bucket for bucket, _ in lengths}) <= 14
 
 
 def test_batch_sizes_hold_the_tokens_and_fit_the_devices():

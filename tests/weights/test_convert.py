@@ -1,6 +1,7 @@
 """Conversion: bit-exact ways there and back, what the report says, and 2,000 broken files (in full counts)."""
 
 import json
+import os
 import pathlib
 import shutil
 import time
@@ -192,6 +193,43 @@ def test_a_disk_that_lies_is_noticed(written, tmp_path, monkeypatch, dtype):
     source = written(dtype=np.float32)
     with pytest.raises(acejax.UserError, match="does not read back as it was written"):
         run(source, tmp_path / "out.safetensors", "--to", "diffusers", *(["--dtype", dtype] if dtype else []))
+    assert [path.name for path in tmp_path.iterdir()] == ["source.safetensors"]
+
+
+def test_a_disk_that_lies_early_is_noticed(written, tmp_path, monkeypatch):
+    """The first tensor is read back while the others are written; nothing is left."""
+    honest = save._copy
+
+    def lying(stored, file):
+        at = file.tell()
+        honest(stored, file)
+        if stored.key == "img_in.weight":
+            os.pwrite(file.fileno(), b"\x00\x01", at + 5)
+
+    monkeypatch.setattr(save, "_copy", lying)
+    source = written()
+    for target in ("out.safetensors", "folder"):
+        with pytest.raises(acejax.UserError, match="'x_embedder.weight' does not read back as it was written"):
+            run(source, tmp_path / target, "--to", "diffusers")
+    assert [path.name for path in tmp_path.iterdir()] == ["source.safetensors"]
+
+
+def test_a_header_that_changes_is_noticed(written, tmp_path, monkeypatch):
+    """Two tensors of one shape that changed places after they were read back."""
+    honest = save.write
+
+    def lying(place, *rest, **more):
+        files = honest(place, *rest, **more)
+        query, key = (b"transformer_blocks.0.attn.norm_" + name for name in (b"q.weight", b"k.weight"))
+        whole = place.read_bytes()
+        end = 8 + int.from_bytes(whole[:8], "little")
+        header = whole[:end].replace(query, b"?").replace(key, query).replace(b"?", key)
+        place.write_bytes(header + whole[end:])
+        return files
+
+    monkeypatch.setattr(save, "write", lying)
+    with pytest.raises(acejax.UserError, match="header does not read back as it was written"):
+        run(written(), tmp_path / "out.safetensors", "--to", "diffusers")
     assert [path.name for path in tmp_path.iterdir()] == ["source.safetensors"]
 
 

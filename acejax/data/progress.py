@@ -1,0 +1,33 @@
+"""How far long work is: a bar on a terminal, a line from time to time in a log."""
+
+import sys
+import time
+from typing import Any
+
+from tqdm import tqdm
+
+EVERY = 30.0  # seconds between lines in a log
+
+
+class Progress:
+    """`with Progress(total, "pairs: pictures", "tiles") as progress: progress.update()`."""
+
+    def __init__(self, total: int, label: str, unit: str):
+        self._label, self._unit, self._lines = label, unit, not sys.stderr.isatty()
+        self._bar = tqdm(total=total, desc=label, unit=f" {unit}", disable=self._lines, delay=1)
+        self._total, self._done, self._started, self._said = total, 0, time.time(), time.time()
+
+    def update(self, count: int = 1) -> None:
+        self._bar.update(count)
+        self._done += count
+        if self._lines and (now := time.time()) - self._said >= EVERY:
+            self._said, rate = now, self._done / (now - self._started)
+            left = (self._total - self._done) / rate
+            print(f"{self._label}: {self._done:,} of {self._total:,} {self._unit}, {rate:,.1f} a second, "
+                  f"{left:,.0f} seconds left", flush=True)
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._bar.close()

@@ -16,6 +16,8 @@ from acejax.data.layout import CanvasConfig, Layout, Size, lay, visible
 from acejax.data.resize import Picture
 from acejax.errors import UserError
 
+ROWS = 32
+
 
 @dataclasses.dataclass(frozen=True)
 class Canvas:
@@ -107,17 +109,30 @@ def editing(config: CanvasConfig, image: np.ndarray | None = None, mask: np.ndar
 def contents(canvas: Canvas) -> Contents:
     """What the autoencoder sees."""
     mask = canvas.mask[..., None].astype(np.float32) / 255
-    source = normalize(canvas.source) * canvas.present[..., None]
-    content = source * (1 - float(canvas.scale) * mask)
-    target = None
-    if canvas.target is not None:
-        shown = canvas.present.copy()
-        if not canvas.joined:  # there the target is present already, and a reference reaches beyond its unit
-            shown[:, -canvas.widths[-1]:] = True
-        target = normalize(canvas.target) * shown[..., None]
-    if not canvas.split:
-        return Contents(content, None, mask, target)
-    return Contents(content * (1 - mask), content * mask, mask, target)
+    shown = canvas.present
+    if not canvas.joined:  # there the target is present already, and a reference reaches beyond its unit
+        shown = shown.copy()
+        shown[:, -canvas.widths[-1]:] = True
+    edit = np.empty((*canvas.mask.shape, 3), np.float32)
+    modify = np.empty_like(edit) if canvas.split else None
+    target = None if canvas.target is None else np.empty_like(edit)
+    scratch = np.empty((2, ROWS, *edit.shape[1:]), np.float32)
+    for top in range(0, len(edit), ROWS):  # numbers of so few rows stay in the processor's cache
+        rows = np.s_[top:top + ROWS]
+        part, weight = scratch[:, :len(edit[rows])]
+        for channel in range(3):
+            part[..., channel] = mask[rows, :, 0]
+        np.multiply(part, float(canvas.scale), out=weight)
+        np.subtract(1, weight, out=weight)
+        content = edit[rows]
+        _normalize_into(content, canvas.source[rows], canvas.present[rows])
+        content *= weight
+        if modify is not None:
+            np.multiply(content, part, out=modify[rows])
+            content *= np.subtract(1, part, out=part)
+        if target is not None:
+            _normalize_into(target[rows], canvas.target[rows], shown[rows])
+    return Contents(edit, modify, mask, target)
 
 
 def restore(result: np.ndarray, size: Size) -> tuple[np.ndarray, tuple[int, int, int, int]]:
@@ -132,12 +147,24 @@ def restore(result: np.ndarray, size: Size) -> tuple[np.ndarray, tuple[int, int,
 
 def normalize(picture: np.ndarray) -> np.ndarray:
     """[0, 255] -> float32 [-1, 1]."""
-    return picture.astype(np.float32) / 127.5 - 1
+    made = np.empty(picture.shape, np.float32)
+    _normalize_into(made, picture)
+    return made
 
 
 def denormalize(picture: np.ndarray) -> np.ndarray:
     """float [-1, 1] -> uint8, clamped."""
     return np.rint(np.clip((np.asarray(picture, np.float32) + 1) * 127.5, 0, 255)).astype(np.uint8)
+
+
+def _normalize_into(out: np.ndarray, picture: np.ndarray, present: np.ndarray | None = None) -> None:
+    """`normalize`, and 0 where it is not present."""
+    np.copyto(out, picture, casting="same_kind")
+    out /= 127.5
+    out -= 1
+    if present is not None and not present.all():
+        for channel in range(3):
+            out[..., channel] *= present
 
 
 def _compose(config: CanvasConfig, layout: Layout, kept: np.ndarray | None, mask: Picture | None,

@@ -16,12 +16,13 @@ from ml_collections import ConfigDict
 from acejax import UserError, load_autoencoder, load_clip, load_t5
 from acejax.cli.main import main
 from acejax.data import encoders as encoders_file
-from acejax.data import latents, prepare, tiles
+from acejax.data import latents, prepare
+from acejax.data.cache import tiles
+from acejax.data.cache.features import Features
+from acejax.data.cache.survey import Recipe
 from acejax.data.config import DataConfig
 from acejax.data.encoders import Encoders, EncodersConfig
-from acejax.data.features import Features
 from acejax.data.inputs import make_features
-from acejax.data.survey import Recipe
 from acejax.data.text import Tokenizers
 from acejax.lcu import patchify
 from acejax.model import autoencoder, clip, t5

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 
 from acejax import lcu
-from acejax.data import tiles
-from acejax.data.chunks import GREY, Job
+from acejax.data.cache import tiles
+from acejax.data.cache.chunks import GREY, Job
+from acejax.data.cache.store import Store
+from acejax.data.cache.survey import Recipe, ahead
 from acejax.data.encoders import EncodePrompts
 from acejax.data.latents import EncodePictures
 from acejax.data.progress import Progress
 from acejax.data.sample import Sample
-from acejax.data.store import Store
-from acejax.data.survey import Recipe, ahead
 from acejax.errors import UserError
 
 IN_FLIGHT = 2  # batches that the device may still be at

@@ -14,16 +14,16 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from acejax.data import chunks, encode, store, survey, tiles
 from acejax.data.augment import AugmentConfig
+from acejax.data.cache import chunks, encode, store, survey, tiles
+from acejax.data.cache.features import index_path, write_index
+from acejax.data.cache.store import Store
+from acejax.data.cache.survey import Recipe, Survey
+from acejax.data.cache.team import Team
 from acejax.data.encoders import DTYPES, Encoders
-from acejax.data.features import index_path, write_index
 from acejax.data.layout import CanvasConfig
 from acejax.data.progress import Progress
 from acejax.data.sample import Sample
-from acejax.data.store import Store
-from acejax.data.survey import Recipe, Survey
-from acejax.data.team import Team
 from acejax.errors import UserError
 
 FORMAT = 1

@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from acejax.data import survey, tiles
+from acejax.data.cache import survey, tiles
+from acejax.data.cache.store import NONE, Table
+from acejax.data.cache.survey import MASK, REFERENCES, Entries, Survey
 from acejax.data.layout import TOKEN
-from acejax.data.store import NONE, Table
-from acejax.data.survey import MASK, REFERENCES, Entries, Survey
 
 SHARD = 2**28  # bytes
 PROMPTS = 64  # of a shard, where the size of their features is not known before

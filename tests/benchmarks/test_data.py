@@ -61,10 +61,11 @@ def test_torch_makes_the_same_canvases(work):
     for step in range(12):
         (canvas,) = work[1][step].arrays["canvas"]
         made, seen = floats[step], contents(canvas)
-        np.testing.assert_allclose(made["target"].permute(1, 2, 0), seen.target, atol=0.06)  # of Pillow's rounding
+        shown = made["source"].permute(1, 2, 0).numpy() * canvas.present[..., None]
+        for one, other in ((made["target"].permute(1, 2, 0).numpy(), seen.target),
+                           (shown, 2 / 255 * canvas.source - canvas.present[..., None])):
+            assert np.abs(one - other).mean() < 0.01  # Pillow rounds twice, and may halve a JPEG while decoding
         assert np.mean(made["mask"].numpy()[0] * 255 != canvas.mask) < 0.01  # along edges
-        np.testing.assert_allclose(made["source"].permute(1, 2, 0).numpy() * canvas.present[..., None],
-                                   2 / 255 * canvas.source - canvas.present[..., None], atol=0.06)
         assert {name: part.shape for name, part in whole[step].items()} == {
             name: part.shape for name, part in made.items()}
     released = data_torch.Released(work[0].rows)[0]

@@ -156,9 +156,10 @@ def collate(rows: Sequence[Row], bucket: int) -> dict[str, Any]:
     for name, first in rows[0].items():
         values = [row[name] for row in rows]
         if name in _TOKENS:
-            batch[name] = np.full((len(rows), bucket, *first.shape[1:]), PAD_UNIT if name == "unit" else 0, first.dtype)
+            batch[name] = np.empty((len(rows), bucket, *first.shape[1:]), first.dtype)
             for padded, value in zip(batch[name], values, strict=True):
                 padded[:len(value)] = value
+                padded[len(value):] = PAD_UNIT if name == "unit" else 0
         else:
             batch[name] = np.stack(values) if isinstance(first, np.ndarray | np.generic) else values
     return batch

@@ -1,24 +1,38 @@
 """Files that are there whole or not at all."""
 
 import contextlib
+import os
+import secrets
+from collections.abc import Iterator
 
 from etils import epath
 
 from acejax.errors import UserError
 
+PART = ".part"  # ends the name of a file that is being written
 
-def write(path: epath.PathLike, data: bytes) -> None:
-    """Write a file beside and rename it, over one that is there.
+
+@contextlib.contextmanager
+def beside(path: epath.PathLike) -> Iterator[epath.Path]:
+    """A path to write, which no other writer has; renamed at the end, over a file that is there.
 
     Raises:
       UserError: it cannot be written; nothing is left behind.
     """
     path = epath.Path(path)
-    beside = path.parent / f".{path.name}.tmp"
+    place = path.parent / f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}{PART}"
     try:
-        beside.write_bytes(data)
-        beside.replace(path)
-    except OSError as error:
+        yield place
+        place.replace(path)
+    except BaseException as error:
         with contextlib.suppress(OSError):
-            beside.unlink(missing_ok=True)
-        raise UserError(f"{path} cannot be written: {error}") from error
+            place.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise UserError(f"{path} cannot be written: {error}") from error
+        raise
+
+
+def write(path: epath.PathLike, data: bytes) -> None:
+    """Write a file; raises as `beside`."""
+    with beside(path) as place:
+        place.write_bytes(data)

@@ -16,7 +16,7 @@ from PIL import Image
 
 from acejax.data.augment import AugmentConfig
 from acejax.data.cache import build as cache
-from acejax.data.cache import chunks
+from acejax.data.cache import chunks, store
 from acejax.data.cache.build import CacheConfig
 from acejax.data.cache.features import Features
 from acejax.data.encoders import Encoders
@@ -103,6 +103,7 @@ def shards_of(nbytes: int) -> None:
 def killed(folder: str, kills: int, seed: int) -> int:
     """Builds in child processes, each killed after a random part of the time that one takes; how many were."""
     shards_of(20_000)
+    store.OLD = 0.0  # of these none is another run's
     source, moments, hit = samples(24), random.Random(seed), 0
     slow = 0.02 + 0.01 * kills  # so that there is work left for the last of them
     for _ in range(kills):

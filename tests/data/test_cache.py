@@ -2,18 +2,20 @@
 
 import concurrent.futures
 import dataclasses
+import os
 import pathlib
 import pickle
 import subprocess
 import sys
 import threading
+import time
 
 import ml_dtypes
 import numpy as np
 import pytest
 
 from acejax import UserError, lcu
-from acejax.data import latents, pictures, prepare
+from acejax.data import latents, pictures, prepare, written
 from acejax.data.augment import AugmentConfig
 from acejax.data.cache import build as cache
 from acejax.data.cache import store, tiles
@@ -105,6 +107,15 @@ def test_a_changed_cleaning_encodes_prompts_whose_ids_change(tmp_path):
     assert encoded(tmp_path, captions) == (0, 6), "what was drawn for the pictures does not depend on the prompts"
 
 
+def test_masks_of_parity_without_references(tmp_path):
+    source, canvas = [samples()[2]], CanvasConfig(max_tokens=16, parity="reference")
+    _, features = build(tmp_path, source, canvas=canvas)
+    plan = Recipe(canvas, AUGMENT, 1, 0, "", str.encode, "").visit(source[0], tiles.hashes(source[0]), 0)
+    made = prepare.compose(source[0], canvas, plan)
+    np.testing.assert_array_equal(features.fetch(0, rng())["mask"], lcu.patchify(lcu.fold_mask(
+        made.mask[None, ..., None]))[0])
+
+
 @pytest.mark.parametrize("changes", [{}, {"scale": 0.0}, {"scale": 1.0, "budget": "canvas"}, {"parity": "reference"}],
                          ids=["default", "scale 0", "scale 1", "parity"])
 @pytest.mark.parametrize("make", [CanvasConfig, CanvasConfig.lora], ids=["split", "unsplit"])
@@ -179,12 +190,17 @@ def test_killed_runs_end_as_an_uninterrupted_one(tmp_path):
     assert files(tmp_path / "killed") == files(tmp_path / "whole")
 
 
-def test_a_file_half_written_is_removed(tmp_path):
+def test_what_killed_runs_left_is_removed_and_no_other_runs(tmp_path):
     build(tmp_path, samples())
-    (tmp_path / "shards" / ".abc.safetensors.17.part").write_bytes(b"torn")
+    (tmp_path / "told").mkdir()
+    left = [".weights.json.17-a.part", "shards/.a.safetensors.17-a.part", "index/.a.17-a.part", "told/a.0.safetensors"]
+    for place in left:
+        for name in (place, f"{place[:-len(place.split('.')[-1]) - 1]}-young.{place.split('.')[-1]}"):
+            (tmp_path / name).write_bytes(b"torn")
+        os.utime(tmp_path / place, (time.time() - 4000,) * 2)
     before = files(tmp_path)
     build(tmp_path, samples())
-    assert set(before) - set(files(tmp_path)) == {"shards/.abc.safetensors.17.part"}
+    assert set(before) - set(files(tmp_path)) == set(left)
 
 
 def test_broken_pictures_are_skipped_counted_and_told(tmp_path, capsys):
@@ -248,6 +264,59 @@ def test_processes_share_the_work_and_end_alike(tmp_path):
     assert reports[0].nbytes + reports[1].nbytes == alone.nbytes and min(report.nbytes for report in reports) > 0
     assert sorted(counting[0].prompts + counting[1].prompts) == sorted(both.prompts)
     assert files(tmp_path / "two") == files(tmp_path / "one")
+
+
+def two(folder, source, **more):
+    """Two threads stand for two processes, of which the second is late whenever it looks at the store."""
+    barrier = threading.Barrier(2, timeout=60)
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        return list(pool.map(lambda i: build(folder, source, team=Team(i, 2, lambda name: barrier.wait()), **more),
+                             range(2)))
+
+
+def test_a_slow_process_leaves_no_work_to_nobody(tmp_path, monkeypatch):
+    shards_of(3000)
+    table, first = store.Store.table, []
+
+    def late(self, *names):
+        first.append(threading.current_thread())
+        if first[0] != first[-1]:
+            time.sleep(0.3)
+        return table(self, *names)
+
+    monkeypatch.setattr(store.Store, "table", late)
+    _, features = two(tmp_path / "two", samples(12))[0]
+    monkeypatch.undo()
+    _, alone = build(tmp_path / "one", samples(12))
+    for index in range(12):
+        row, expected = features.fetch(index, rng()), alone.fetch(index, rng())
+        assert all(np.array_equal(row[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("kind, missing", [("latents", "tiles"), ("text", "prompts")])
+def test_features_that_vanish_while_they_are_made_are_missed(tmp_path, monkeypatch, kind, missing):
+    table = store.Store.table
+
+    def without(self, *names):
+        found = table(self, *names)
+        kept = np.array([not found.kinds[one].startswith(kind) for one in found.kind], bool)
+        return found._replace(**{name: getattr(found, name)[kept] for name in ("keys", "shard", "start", "kind")})
+
+    monkeypatch.setattr(store.Store, "table", without)
+    with pytest.raises(UserError, match=rf"shards of 'list' are gone .*\d {missing} without a place"):
+        build(tmp_path, samples())
+    assert not (tmp_path / "index").exists()
+
+
+def test_two_writers_of_one_file(tmp_path):
+    def write(number):
+        for _ in range(50):
+            written.write(tmp_path / "weights.json", bytes([number]) * 100_000)
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        list(pool.map(write, range(2)))
+    assert [path.name for path in tmp_path.iterdir()] == ["weights.json"]
+    assert len(set((tmp_path / "weights.json").read_bytes())) == 1
 
 
 def test_cache_and_pictures_in_a_bucket(bucket, tmp_path):

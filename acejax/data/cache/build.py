@@ -128,7 +128,7 @@ class _Build:
         self._team.barrier(f"{self._name} cleaned")
         self._survey = self._look()
         self._check({})
-        table = self._store.table()
+        table = self._table()
         keys = self._prompt_keys()
         prompts, missing = chunks.of_prompts(keys, table, self._prompt_bytes())
         work = self._work(table)
@@ -137,13 +137,13 @@ class _Build:
         while work.missing:
             before = len(self._broken)
             nbytes += self._tiles(work)
-            table = self._store.table()
+            table = self._table()
             if len(self._broken) == before:
                 break
             work = self._work(table)  # what a broken sample would have made for others
         nbytes += self._prompts(prompts, keys, missing)
         seconds = time.time() - begun
-        table = self._store.table()
+        table = self._table()
         index = index_path(self._folder, self._settings)
         if self._team.index == 0:
             self._write(index, table)
@@ -157,6 +157,12 @@ class _Build:
         rows = np.array_split(np.arange(len(self._source)), self._team.count)[self._team.index]
         own = survey.look(self._source, rows, self._recipe, self._threads, self._name)
         return survey.join(self._team.gather(self._folder, f"{self._name}.survey", *own.told()))
+
+    def _table(self) -> store.Table:
+        """What is there, the same for all: one lists it, and none writes before all have heard."""
+        shards = self._store.shards() if self._team.index == 0 else []
+        told = self._team.gather(self._folder, f"{self._name}.shards", {}, {"shards": shards})
+        return self._store.table(told[0][1]["shards"])
 
     def _prompt_keys(self) -> list[bytes]:
         """Of the distinct prompts; the empty one comes last."""
@@ -237,6 +243,12 @@ class _Build:
         numbers[survey.as_keys(kept.keys) == store.NONE] = -1
         prompts = table.find(survey.as_keys(kept.prompt))
         empty = -1 if self._empty is None else int(table.find(np.frombuffer(self._empty, survey.KEY))[0])
+        gone = {"tiles": (numbers[survey.as_keys(kept.keys) != store.NONE] < 0).sum(), "prompts": (prompts < 0).sum(),
+                "the empty prompt": int(self._empty is not None and empty < 0)}
+        if any(gone.values()):
+            raise UserError(f"{self._folder}: shards of {self._name!r} are gone that were there before ("
+                            f"{', '.join(f'{count:,} {what}' for what, count in gone.items() if count)} without a "
+                            "place); run `acejax data cache` again, and nothing that removes files beside it")
         write_index(path, kept, numbers, prompts, empty, table, self._settings)
 
     def _announce(self, work: chunks.Work, prompts: int, missing: int) -> None:

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any, BinaryIO, NamedTuple
 
@@ -19,13 +20,14 @@ import numpy as np
 import xxhash
 from etils import epath
 
+from acejax.data import written
 from acejax.errors import UserError
 from acejax.weights.source import DTYPES, NAMES
 
 KEY = np.dtype("S16")
 NONE = b""  # no key
 KEYS = ".keys"
-PART = ".part"  # ends the name of a file that is being written
+OLD = 3600.0  # seconds after which a file that is being written has no writer any more
 OPEN = 64  # shards that a reader keeps open
 AGAIN = "remove it and run `acejax data cache` again"
 
@@ -57,8 +59,7 @@ def write(path: epath.Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[
         end += array.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    place = path.parent / f".{path.name}.{os.getpid()}{PART}"
-    try:
+    with written.beside(path) as place:
         path.parent.mkdir(parents=True, exist_ok=True)
         with place.open("wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
@@ -67,11 +68,6 @@ def write(path: epath.Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[
             file.flush()
             with contextlib.suppress(OSError, AttributeError):  # a file that is none of the system's
                 os.fsync(file.fileno())
-        place.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            place.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot be written ({error})") from None
     return 8 + len(text) + end
 
 
@@ -148,9 +144,17 @@ class Store:
         self.folder = epath.Path(folder) / "shards"
 
     def clean(self) -> None:
-        """Remove what a killed run was writing."""
-        for path in self._paths(PART):
-            path.unlink(missing_ok=True)
+        """Remove what killed runs were writing or telling; what is young may be another run's."""
+        root = self.folder.parent
+        left = [path for folder in (root, self.folder, root / "index") for path in _files(folder, written.PART)]
+        for path in left + _files(root / "told"):
+            with contextlib.suppress(OSError):  # another run cleans as well
+                if time.time() - path.stat().mtime > OLD:
+                    path.unlink(missing_ok=True)
+
+    def shards(self) -> list[str]:
+        """Names of what is there now."""
+        return sorted(path.name for path in _files(self.folder, ".safetensors"))
 
     def add(self, rows: Mapping[str, Sequence[tuple[bytes, np.ndarray]]]) -> int:
         """Write a shard with (key, row) pairs of each kind; rows of a kind have one shape and dtype. Returns bytes."""
@@ -162,13 +166,13 @@ class Store:
             arrays[kind] = np.stack([row for _, row in pairs])
         return write(self.folder / f"{name.hexdigest()}.safetensors", arrays, {})
 
-    def table(self) -> Table:
-        """Read the keys of all shards.
+    def table(self, shards: Sequence[str] | None = None) -> Table:
+        """Read the keys of these shards, by default of all.
 
         Raises:
           UserError: a shard that is damaged.
         """
-        paths = sorted(self._paths(".safetensors"), key=lambda path: path.name)
+        paths = [self.folder / name for name in (self.shards() if shards is None else shards)]
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
             parts = list(pool.map(_places, paths))
         arrays = [(number, *rows) for number, part in enumerate(parts) for rows in part[0]]
@@ -181,11 +185,6 @@ class Store:
         keys, first = np.unique(keys, return_index=True)
         return Table(keys, shard[first], start[first], kind[first], tuple(path.name for path in paths), tuple(kinds),
                      sum(size for _, size in parts))
-
-    def _paths(self, suffix: str) -> list[epath.Path]:
-        if not self.folder.exists():
-            return []
-        return [path for path in self.folder.iterdir() if path.name.endswith(suffix)]
 
 
 class Reader:
@@ -226,6 +225,12 @@ class Reader:
 
     def __reduce__(self):
         return Reader, (self.folder.parent,)
+
+
+def _files(folder: epath.Path, suffix: str = "") -> list[epath.Path]:
+    if not folder.exists():
+        return []
+    return [path for path in folder.iterdir() if path.name.endswith(suffix)]
 
 
 def _opened(path: epath.Path) -> BinaryIO:

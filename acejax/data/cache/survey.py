@@ -75,6 +75,7 @@ class Survey:
       text, text_end, text_key: the distinct prompts: UTF-8 [bytes], where each ends in it [D], and its key [D, 2].
       tasks: their names.
       skipped: (row, reason) of samples that can't be used.
+      joined: whether canvases are encoded whole (parity).
     """
 
     row: np.ndarray
@@ -92,18 +93,15 @@ class Survey:
     text_key: np.ndarray
     tasks: Sequence[str]
     skipped: Sequence[tuple[int, str]]
+    joined: bool
 
     ARRAYS = ("row", "task", "references", "height", "width", "widths", "keys", "prompt", "own", "pictures", "text",
               "text_end", "text_key")
 
     def told(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """As `join` takes it."""
-        return {name: getattr(self, name) for name in self.ARRAYS}, {"tasks": self.tasks, "skipped": self.skipped}
-
-    @property
-    def joined(self) -> bool:
-        """Whether canvases are encoded whole."""
-        return len(self.keys) == 4 * self.height.size and bool(self.references.any())
+        return {name: getattr(self, name) for name in self.ARRAYS}, {
+            "tasks": self.tasks, "skipped": self.skipped, "joined": self.joined}
 
     @property
     def per_visit(self) -> np.ndarray:
@@ -187,11 +185,12 @@ def look(source: Sequence[Sample], rows: Sequence[int], recipe: Recipe, threads:
         arrays[name] = arrays[name].reshape(-1, recipe.variants)
     return Survey(**arrays, keys=_pairs(keys), prompt=_pairs(prompts), pictures=_pairs(b"".join(sorted(pictures))),
                   text=np.frombuffer(bytes(texts), np.uint8), text_end=np.array(text_ends, np.int64),
-                  text_key=_pairs(b"".join(text_keys)), tasks=list(tasks), skipped=skipped)
+                  text_key=_pairs(b"".join(text_keys)), tasks=list(tasks), skipped=skipped,
+                  joined=bool(recipe.canvas.parity))
 
 
 def join(parts: Sequence[tuple[Any, Any]]) -> Survey:
-    """One survey out of (arrays, {"tasks", "skipped"}) of rows one after the other."""
+    """One survey out of (arrays, {"tasks", "skipped", "joined"}) of rows one after the other."""
     tasks = list(dict.fromkeys(task for _, about in parts for task in about["tasks"]))
     joined = {name: np.concatenate([arrays[name] for arrays, _ in parts]) for name in Survey.ARRAYS}
     numbers = [np.array([tasks.index(task) for task in about["tasks"]], np.int32)[arrays["task"]]
@@ -201,7 +200,8 @@ def join(parts: Sequence[tuple[Any, Any]]) -> Survey:
     joined["text_end"] = np.concatenate([arrays["text_end"] + start for (arrays, _), start
                                          in zip(parts, before, strict=False)])
     joined["pictures"] = _pairs(np.unique(as_keys(joined["pictures"])).tobytes())
-    return Survey(**joined, tasks=tasks, skipped=[one for _, about in parts for one in about["skipped"]])
+    return Survey(**joined, tasks=tasks, skipped=[one for _, about in parts for one in about["skipped"]],
+                  joined=parts[0][1]["joined"])
 
 
 def take(survey: Survey, good: np.ndarray) -> Survey:

@@ -1,10 +1,14 @@
 """`acejax data cache`: latents and text features of a run's data, computed once."""
 
+import dataclasses
+import json
 from collections.abc import Sequence
 
 from absl import flags
+from etils import epath
 
 from acejax.cli.config import parse_config
+from acejax.errors import UserError
 
 
 def main(argv: Sequence[str]) -> int:
@@ -17,12 +21,24 @@ def main(argv: Sequence[str]) -> int:
     if parsed is None:
         return 0
     values, config = parsed
+    report = values["json"].value
+    if report and not epath.Path(report).parent.exists():
+        raise UserError(f"{report}: the folder {epath.Path(report).parent} is not there")
+    from acejax.data import written
     from acejax.data.config import DataConfig
-    from acejax.data.inputs import make_features
+    from acejax.data.inputs import build_features
 
-    make_features(DataConfig.of(config, values["cache_dir"].value))
+    data = DataConfig.of(config, values["cache_dir"].value)
+    made = [dataclasses.asdict(one) | {"index": str(one.index)}
+            for one in build_features(data, recheck=values["recheck"].value)]
+    if report:
+        written.write(report, (json.dumps(made, indent=2, ensure_ascii=False) + "\n").encode())
     return 0
 
 
 def _define(values: flags.FlagValues) -> None:
     flags.DEFINE_string("cache_dir", None, "Where features are kept, instead of config.cache.dir.", flag_values=values)
+    flags.DEFINE_string("json", None, "A file for the counts, times and skipped samples of each source.",
+                        flag_values=values)
+    flags.DEFINE_bool("recheck", False, "Read sources that have not changed, too: every picture is hashed again.",
+                      flag_values=values)

@@ -9,7 +9,7 @@ from etils import epath
 
 from acejax.data.augment import AugmentConfig
 from acejax.data.cache.build import CacheConfig, settings
-from acejax.data.cache.features import Settings
+from acejax.data.cache.index import Settings
 from acejax.data.encoders import Encoders, EncodersConfig
 from acejax.data.layout import CanvasConfig
 from acejax.data.sample import Sample

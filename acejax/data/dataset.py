@@ -17,7 +17,8 @@ import tensorflow_datasets as tfds
 from etils import epath
 from tensorflow_datasets.proto import tf_example_pb2, tf_feature_pb2
 
-from acejax.data.dataset_folder import find
+from acejax.data import identity
+from acejax.data.dataset_folder import INFO, find
 from acejax.data.folder import NO_TASK
 from acejax.data.sample import Sample
 from acejax.errors import UserError
@@ -107,6 +108,11 @@ class Source(Sequence):
         return Sample(target=values["target"][0], image=next(iter(values.get("image", ())), None),
                       mask=next(iter(values.get("mask", ())), None), references=tuple(values.get("references", ())),
                       name=name, **texts)
+
+    def identity(self) -> str:
+        """Another one when the dataset may have been written again."""
+        folder = epath.Path(self._arguments[0])
+        return identity.of_files((folder / INFO).read_text(), map(str, folder.glob("*.array_record*")))
 
     def __reduce__(self):
         return Source, self._arguments

@@ -78,6 +78,7 @@ class Encoders:
       picture_id: names what `pictures` gives.
       prompt_key: names what `prompts` gives for one; the same for prompts that are read alike.
       text_shape: (T, D, P) where it is known before anything is encoded.
+      text_id: names what `prompts` gives for any prompt; "" where only `prompt_key` tells, prompt by prompt.
     """
 
     pictures: EncodePictures
@@ -85,6 +86,7 @@ class Encoders:
     picture_id: str
     prompt_key: Callable[[str], bytes]
     text_shape: tuple[int, int, int] | None = None
+    text_id: str = ""
 
     @classmethod
     def load(cls, config: EncodersConfig, mesh: Mesh | None = None, notes: epath.PathLike | None = None) -> "Encoders":
@@ -107,6 +109,9 @@ class Encoders:
         dtype = config.autoencoder_dtype or config.dtype
         name = xxhash.xxh3_128_hexdigest(json.dumps([RECIPE, weights[0], dtype, config.tile, "mean"]).encode())
         of_text = json.dumps([RECIPE, *weights[1:], config.dtype])
+        text_id = xxhash.xxh3_128_hexdigest(json.dumps([of_text, config.text_length, config.reference, *(
+            (path.name, xxhash.xxh3_128_hexdigest(path.read_bytes())) for name in ("tokenizer", "tokenizer_2")
+            for path in sorted(pathlib.Path(config.tokenizers, name).iterdir()) if path.is_file())]).encode())
         prompts = _Prompts(t5_model, clip_model, tokenizers, config, mesh)
 
         def prompt_key(prompt: str) -> bytes:
@@ -114,7 +119,8 @@ class Encoders:
                                                                          for ids in prompts.ids([prompt]))]))
 
         shape = (config.text_length, t5_model.config.d_model, clip_model.config.hidden_size)
-        return cls(_Pictures(picture_model, jnp.dtype(dtype), config.tile, mesh), prompts, name, prompt_key, shape)
+        return cls(_Pictures(picture_model, jnp.dtype(dtype), config.tile, mesh), prompts, name, prompt_key, shape,
+                   text_id)
 
 
 class _Pictures:

@@ -7,7 +7,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from acejax.data import buckets
-from acejax.data.cache.build import build
+from acejax.data.cache.build import Report, build
 from acejax.data.cache.features import Features
 from acejax.data.config import DataConfig
 from acejax.data.encoders import Encoders
@@ -20,10 +20,17 @@ from acejax.parallel import rules
 
 def make_features(data: DataConfig, sources: Mapping[str, Sequence[Sample]] | None = None,
                   encoders: Encoders | None = None) -> Features:
-    """The features of all sources; what is not in the cache yet is encoded.
+    """The features of all sources; what is not in the cache yet is encoded. As `build_features`."""
+    return Features(data.cache.dir, [report.index for report in build_features(data, sources, encoders)])
+
+
+def build_features(data: DataConfig, sources: Mapping[str, Sequence[Sample]] | None = None,
+                   encoders: Encoders | None = None, recheck: bool = False) -> list[Report]:
+    """Encode what is not in the cache yet of each source.
 
     Args:
       sources, encoders: instead of those that the config names.
+      recheck: read sources that have not changed as well.
 
     Raises:
       UserError: what the sources, the encoders or `acejax.data.cache.build.build` find wrong.
@@ -32,9 +39,8 @@ def make_features(data: DataConfig, sources: Mapping[str, Sequence[Sample]] | No
         sources = {name: source.open() for name, source in data.sources.items()}
     encoders = data.load_encoders() if encoders is None else encoders
     settings = data.settings(encoders)
-    for name, source in sources.items():
-        build(source, settings[name], data.canvas, data.augment, encoders, data.cache, data.max_broken)
-    return Features.open(data.cache.dir, list(settings.values()))
+    return [build(source, settings[name], data.canvas, data.augment, encoders, data.cache, data.max_broken,
+                  recheck=recheck) for name, source in sources.items()]
 
 
 def make_stream(config: ml_collections.ConfigDict, table: Table, mesh: Mesh) -> Stream:

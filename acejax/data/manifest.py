@@ -19,7 +19,7 @@ from typing import Any
 import xxhash
 from etils import epath
 
-from acejax.data import folder, pictures
+from acejax.data import folder, identity, pictures
 from acejax.data.sample import Sample
 from acejax.errors import UserError
 
@@ -179,6 +179,11 @@ class Source(Sequence[Sample]):
         row, base = self.manifest.rows[index], _base(self.manifest.prefix or epath.Path(self.manifest.path).parent)
         files = [(field, path.removeprefix(base)) for field, path in row.files]
         return repr((row.task, row.prompt, row.detail, files))
+
+    def identity(self) -> str | None:
+        """Another one when the manifest or a file of its may have changed; None for files in a bucket."""
+        files = {path for row in self.manifest.rows for _, path in row.files}
+        return None if any("://" in path for path in files) else identity.of_files(self.manifest.digest, files)
 
     @property
     def path(self) -> str:

@@ -74,20 +74,21 @@ class Counting:
                 np.stack([rng.standard_normal(3, np.float32) for rng in rngs]))
 
     def encoders(self, name: str = "counting", clean=str.strip) -> Encoders:
-        return Encoders(self.pictures, self.texts, name, lambda prompt: xxhash.xxh3_128_digest(clean(prompt).encode()))
+        return Encoders(self.pictures, self.texts, name, lambda prompt: xxhash.xxh3_128_digest(clean(prompt).encode()),
+                        text_id=clean(" prompt 3"))
 
 
 def build(folder, source, counting: Counting | None = None, canvas: CanvasConfig = CANVAS,
           augment: AugmentConfig = AUGMENT, name: str = "counting", clean=str.strip, seed: int = 0, **config
           ) -> tuple[cache.Report, Features]:
-    """A build and its features; further fields are CacheConfig's and `max_broken`, `team`, `threads`."""
-    more = {field: config.pop(field) for field in ("max_broken", "team", "threads") if field in config}
+    """A build and its features; further fields are CacheConfig's and those of `build`."""
+    more = {field: config.pop(field) for field in ("max_broken", "team", "threads", "recheck") if field in config}
     counting = counting or Counting()
     config = CacheConfig(str(folder), **({"dtype": "float32", "batch": 3} | config))
     encoders = counting.encoders(name, clean)
     settings = cache.settings("list", {"path": "list.jsonl"}, canvas, augment, encoders, config, seed)
     report = cache.build(source, settings, canvas, augment, encoders, config, **({"threads": 2} | more))
-    return report, Features.open(folder, [settings])
+    return report, Features(folder, [report.index])
 
 
 def files(folder) -> dict[str, bytes]:

@@ -18,7 +18,6 @@ from acejax.cli.main import main
 from acejax.data import encoders as encoders_file
 from acejax.data import latents, prepare
 from acejax.data.cache import tiles
-from acejax.data.cache.features import Features
 from acejax.data.cache.survey import Recipe
 from acejax.data.config import DataConfig
 from acejax.data.encoders import Encoders, EncodersConfig
@@ -195,8 +194,13 @@ def test_the_command_makes_features_that_a_run_finds(run, config, capsys, monkey
     given = DataConfig.of(config_of(file))
     before = files(file.parent / "cache")
     monkeypatch.setattr(encoders_file.load, "load", None)  # the second time no model is read
-    assert command() == 0 and "all there, nothing encoded" in capsys.readouterr().out
+    assert command() == 0 and "list: 6 samples, unchanged since they were encoded" in capsys.readouterr().out
+    assert command("--recheck", f"--json={file.parent / 'r.json'}") == 0
+    assert "all there, nothing encoded" in capsys.readouterr().out
     assert files(file.parent / "cache") == before
+    (report,) = json.loads((file.parent / "r.json").read_text())
+    assert (report["dataset"], report["samples"], report["tiles_encoded"], report["skipped"]) == ("list", 6, 0, [])
+    assert report["index"] == str(next((file.parent / "cache" / "index").iterdir())) and report["seconds"] > 0
     features = make_features(given)
     assert len(features) == 6 and features.datasets == ("list",)
     monkeypatch.undo()
@@ -222,7 +226,7 @@ def test_the_command_makes_features_that_a_run_finds(run, config, capsys, monkey
     changed = count("tile=64", "autoencoder_dtype=bfloat16")
     assert to_encode(f"--config.encoders.{changed}") == [needed[0] - masks, 0]
     assert to_encode("--config.encoders.text_length=8") == [0, 7]
-    assert to_encode() == [0, 0]
+    assert to_encode("--recheck") == [0, 0]
 
 
 @pytest.mark.parametrize("place, value, message", [
@@ -257,11 +261,9 @@ def test_mistakes_end_in_one_line(run, capsys):
     for flags, message in ((["--config.encoders.t5=nosuch"], "nosuch: no such file"),
                            (["--config.data.sources.list.path=nosuch"], "nosuch: no such file or folder"),
                            (["--config.cache.dtype=float8"], "config.cache.dtype is 'float8'"),
+                           (["--json=nosuch/r.json"], "nosuch/r.json: the folder nosuch is not there"),
                            (["--config.nosuch=1"], "no such config field: nosuch")):
         assert command(*flags) == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1 and message in error
-    given = DataConfig.of(config_of(file))
-    with pytest.raises(UserError, match="no features of 'list'; make them with `acejax data cache`"):
-        Features.open(file.parent / "cache", list(given.settings(given.load_encoders()).values()))
     assert not (file.parent / "cache" / "shards").exists()

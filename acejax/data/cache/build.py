@@ -15,8 +15,7 @@ import numpy as np
 from etils import epath
 
 from acejax.data.augment import AugmentConfig
-from acejax.data.cache import chunks, encode, store, survey, tiles
-from acejax.data.cache.features import index_path, write_index
+from acejax.data.cache import chunks, encode, index, store, survey, tiles
 from acejax.data.cache.store import Store
 from acejax.data.cache.survey import Recipe, Survey
 from acejax.data.cache.team import Team
@@ -26,7 +25,7 @@ from acejax.data.progress import Progress
 from acejax.data.sample import Sample
 from acejax.errors import UserError
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +59,7 @@ class Report:
       samples: of the source; `skipped` tells (which, why) of those that can't be used.
       pictures: distinct ones.
       tiles, prompts: that are needed; `..._encoded` how many were not there yet.
-      nbytes: that this process wrote; `folder_nbytes` of all shards that are there now.
+      nbytes: that this process wrote; `folder_nbytes` of all shards when the index was written.
       seconds: of everything.
     """
 
@@ -81,16 +80,20 @@ class Report:
 def settings(dataset: str, source: Mapping[str, Any], canvas: CanvasConfig, augment: AugmentConfig,
              encoders: Encoders, cache: CacheConfig, seed: int) -> dict[str, Any]:
     """Everything that a dataset's features depend on, as JSON has it; `source` tells which data it is."""
-    told = {"format": FORMAT, "dataset": dataset, "source": dict(source), "canvas": dataclasses.asdict(canvas),
-            "augment": dataclasses.asdict(augment), "seed": seed, "variants": cache.variants, "dtype": cache.dtype,
-            "autoencoder": encoders.picture_id, "text": encoders.prompt_key("").hex()}
+    told = {"format": [FORMAT, tiles.RECIPE], "dataset": dataset, "source": dict(source),
+            "canvas": dataclasses.asdict(canvas), "augment": dataclasses.asdict(augment), "seed": seed,
+            "variants": cache.variants, "dtype": cache.dtype, "autoencoder": encoders.picture_id,
+            "text": encoders.text_id or encoders.prompt_key("").hex()}
     return json.loads(json.dumps(told))
 
 
 def build(source: Sequence[Sample], described: Mapping[str, Any], canvas: CanvasConfig, augment: AugmentConfig,
           encoders: Encoders, cache: CacheConfig, max_broken: float = 0.01, team: Team | None = None,
-          threads: int | None = None) -> Report:
+          threads: int | None = None, recheck: bool = False) -> Report:
     """Encode what a dataset still needs, and write its index.
+
+    A source may have `identity() -> str | None`, which is another one when anything in it may have changed and costs
+    less than to read it: where an index of the same settings and identity is there, the source is not read again.
 
     Args:
       source: the samples.
@@ -99,12 +102,13 @@ def build(source: Sequence[Sample], described: Mapping[str, Any], canvas: Canvas
       max_broken: the share of samples that may be unusable.
       team: the processes that share the work; None asks jax.
       threads: that read and decode.
+      recheck: read the source whatever it says of itself.
 
     Raises:
       UserError: more broken samples than `max_broken`, a prompt that can't be encoded, a folder that can't be written.
     """
     return _Build(source, described, canvas, augment, encoders, cache, max_broken, team or Team.of_jax(),
-                  threads or min(32, (os.cpu_count() or 1) + 1)).run()
+                  threads or min(32, (os.cpu_count() or 1) + 1), recheck).run()
 
 
 class _Build:
@@ -112,10 +116,10 @@ class _Build:
 
     def __init__(self, source: Sequence[Sample], described: Mapping[str, Any], canvas: CanvasConfig,
                  augment: AugmentConfig, encoders: Encoders, cache: CacheConfig, max_broken: float, team: Team,
-                 threads: int):
+                 threads: int, recheck: bool):
         self._source, self._settings, self._name = source, described, described["dataset"]
         self._encoders, self._cache, self._max_broken = encoders, cache, max_broken
-        self._team, self._threads, self._dtype = team, threads, np.dtype(cache.dtype)
+        self._team, self._threads, self._dtype, self._recheck = team, threads, np.dtype(cache.dtype), recheck
         self._recipe = Recipe(canvas, augment, cache.variants, described["seed"],
                               f"{encoders.picture_id} {cache.dtype}", encoders.prompt_key, cache.dtype)
         self._folder, self._store = epath.Path(cache.dir), Store(cache.dir)
@@ -126,6 +130,8 @@ class _Build:
         if self._team.index == 0:
             self._store.clean()
         self._team.barrier(f"{self._name} cleaned")
+        if report := self._unchanged(started):
+            return report
         self._survey = self._look()
         self._check({})
         table = self._table()
@@ -144,14 +150,39 @@ class _Build:
         nbytes += self._prompts(prompts, keys, missing)
         seconds = time.time() - begun
         table = self._table()
-        index = index_path(self._folder, self._settings)
+        good = np.ones(len(self._survey.row), bool)
+        good[list(self._broken)] = False
+        kept = dataclasses.replace(survey.take(self._survey, good), skipped=self._skipped())
+        path = index.place(self._folder, self._settings, kept)
+        counts = {"samples": len(self._source), "pictures": len(self._survey.pictures), "tiles": first.needed,
+                  "prompts": len(keys), "folder_nbytes": table.nbytes}
         if self._team.index == 0:
-            self._write(index, table)
+            self._write(path, kept, table, counts)
         self._team.barrier(f"{self._name} written")
-        report = Report(self._name, len(self._source), tuple(self._skipped()), len(self._survey.pictures), first.needed,
-                        first.missing, len(keys), missing, nbytes, table.nbytes, time.time() - started, index)
+        report = Report(dataset=self._name, skipped=tuple(kept.skipped), tiles_encoded=first.missing,
+                        prompts_encoded=missing, nbytes=nbytes, seconds=time.time() - started, index=path, **counts)
         self._say(report, seconds)
         return report
+
+    def _unchanged(self, started: float) -> Report | None:
+        """What is there, if the source says that it is what it was."""
+        self._identity, found = None, None
+        if self._team.index == 0:
+            self._identity = getattr(self._source, "identity", lambda: None)()  # before anything of it is read
+            if self._identity and self._encoders.text_id and not self._recheck:
+                found = index.find(self._folder, self._settings, self._identity, self._store.shards())
+        told = self._team.gather(self._folder, f"{self._name}.unchanged", {}, {"found": found and (str(found[0]), {
+            name: found[1][name] for name in ("counts", "skipped")})})
+        if (found := told[0][1]["found"]) is None:
+            return None
+        path, about = found
+        if len(about["skipped"]) > self._max_broken * about["counts"]["samples"]:
+            return None
+        self._print(f"{self._name}: {about['counts']['samples']:,} samples, unchanged since they were encoded; "
+                    "`acejax data cache --recheck` reads them again")
+        return Report(dataset=self._name, skipped=tuple(map(tuple, about["skipped"])), tiles_encoded=0,
+                      prompts_encoded=0, nbytes=0, seconds=time.time() - started, index=epath.Path(path),
+                      **about["counts"])
 
     def _look(self) -> Survey:
         rows = np.array_split(np.arange(len(self._source)), self._team.count)[self._team.index]
@@ -235,10 +266,7 @@ class _Build:
             raise UserError(f"{self._name}: {count:,} of {len(self._source):,} samples are broken, more than the share "
                             f"of {self._max_broken:g} that is let pass (data.max_broken); the last: {'; '.join(last)}")
 
-    def _write(self, path: epath.Path, table: store.Table) -> None:
-        good = np.ones(len(self._survey.row), bool)
-        good[list(self._broken)] = False
-        kept = dataclasses.replace(survey.take(self._survey, good), skipped=self._skipped())
+    def _write(self, path: epath.Path, kept: Survey, table: store.Table, counts: Mapping[str, int]) -> None:
         numbers = table.find(survey.as_keys(kept.keys))
         numbers[survey.as_keys(kept.keys) == store.NONE] = -1
         prompts = table.find(survey.as_keys(kept.prompt))
@@ -249,7 +277,7 @@ class _Build:
             raise UserError(f"{self._folder}: shards of {self._name!r} are gone that were there before ("
                             f"{', '.join(f'{count:,} {what}' for what, count in gone.items() if count)} without a "
                             "place); run `acejax data cache` again, and nothing that removes files beside it")
-        write_index(path, kept, numbers, prompts, empty, table, self._settings)
+        index.write(path, kept, numbers, prompts, empty, table, self._settings, identity=self._identity, counts=counts)
 
     def _announce(self, work: chunks.Work, prompts: int, missing: int) -> None:
         looked, each = self._survey, self._prompt_bytes()
@@ -259,7 +287,10 @@ class _Build:
         lines += [f"  {name:<8}{needed:>11,} needed {needed - absent:>11,} there {absent:>11,} to encode"
                   for name, needed, absent in (("tiles", work.needed, work.missing), ("prompts", prompts, missing))]
         lines += [f"  {_bytes(size)} to be written{'' if each or not missing else ', and the prompts'}"]
-        print("\n".join(lines), flush=True)
+        if (work.missing or missing) and self._team.index == 0 and (differences := index.nearest(
+                self._folder, self._settings)):
+            lines += [f"  encoding anew because {'; '.join(differences)}"]
+        self._print("\n".join(lines))
 
     def _say(self, report: Report, seconds: float) -> None:
         said = ["all there, nothing encoded"]
@@ -269,7 +300,11 @@ class _Build:
         if report.skipped:
             said.append(f"{len(report.skipped):,} samples skipped, the first: {report.skipped[0][1]}")
         said.append(f"{_bytes(report.folder_nbytes)} in {self._folder}")
-        print(f"{self._name}: {'; '.join(said)}", flush=True)
+        self._print(f"{self._name}: {'; '.join(said)}")
+
+    def _print(self, text: str) -> None:
+        if self._team.index == 0:
+            print(text, flush=True)
 
 
 def _bytes(count: int) -> str:

@@ -1,14 +1,11 @@
 """The reading side of the cache: a dataset's samples as arrays for the transformer, at random access.
 
-An index says for every sample its layout and where each of its rows lies in the store. It carries the settings that it
-was made with, in full, and is found by them: no index of other settings is ever taken.
+`acejax.data.cache.build.build` tells which index is whose.
 """
 
 import functools
 import json
-import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import xxhash
@@ -16,57 +13,12 @@ from etils import epath
 
 from acejax.data.cache import store, tiles
 from acejax.data.cache.store import Reader
-from acejax.data.cache.survey import EDIT, MASK, MODIFY, REFERENCES, TARGET, Survey
+from acejax.data.cache.survey import EDIT, MASK, MODIFY, REFERENCES, TARGET
 from acejax.data.layout import TOKEN
 from acejax.errors import UserError
 
-Settings = Mapping[str, Any]
 LATENT = 64  # features of a token
 MASKED = 256
-MAKE = "make them with `acejax data cache`"
-
-
-def index_path(folder: epath.PathLike, settings: Settings) -> epath.Path:
-    """Where the index of these settings is, or would be."""
-    name = re.sub(r"[^\w.-]+", "_", settings["dataset"])
-    text = json.dumps(settings, sort_keys=True).encode()
-    return epath.Path(folder) / "index" / f"{name}-{xxhash.xxh3_64_hexdigest(text)}.safetensors"
-
-
-def write_index(path: epath.Path, survey: Survey, numbers: np.ndarray, prompts: np.ndarray, empty: int,
-                table: store.Table, settings: Settings) -> int:
-    """Write a dataset's index; returns its bytes.
-
-    Args:
-      path: as by `index_path`.
-      survey: samples whose features are all in the store.
-      numbers: [E] the place in `table` of each of the survey's keys, -1 where there is no tile.
-      prompts: [M] of each prompt; `empty` of the empty one, -1 where it isn't needed.
-      table: the store's.
-      settings: of the dataset and everything that was applied to it.
-    """
-    used = np.unique(np.concatenate([numbers, prompts, [empty]]))
-    used = used[used >= 0]
-    shards, shard = np.unique(table.shard[used], return_inverse=True)
-
-    def renumbered(old: np.ndarray) -> np.ndarray:
-        return np.where(old < 0, -1, np.searchsorted(used, old)).astype(np.int32)
-
-    arrays = {name: getattr(survey, name) for name in ("row", "task", "references", "height", "width", "widths")}
-    arrays |= {"tiles": renumbered(numbers), "prompt": renumbered(prompts), "shard": shard.astype(np.int32),
-               "start": table.start[used], "key": np.ascontiguousarray(table.keys[used]).view("<u8").reshape(-1, 2)}
-    about = {"settings": settings, "tasks": list(survey.tasks), "shards": [table.shards[i] for i in shards],
-             "empty": int(renumbered(np.array(empty))), "text_shape": _text_shape(table, prompts),
-             "joined": survey.joined, "skipped": [list(one) for one in survey.skipped]}
-    return store.write(path, arrays, about)
-
-
-def _text_shape(table: store.Table, prompts: np.ndarray) -> list[int]:
-    """(T, D, P), which the kind of their rows names."""
-    kinds = [table.kinds[kind] for kind in np.unique(table.kind[prompts])]
-    if len(kinds) > 1:
-        raise ValueError(f"prompts of one encoder have features of several shapes: {kinds}")
-    return [int(extent) for kind in kinds for extent in kind.split(".")[1].split("x")]
 
 
 class Features:
@@ -75,11 +27,20 @@ class Features:
     Attributes:
       tokens: [N] image tokens (of the largest of a sample's variants); `references` [N] their number.
       task, dataset: [N] indices into `tasks` and `datasets`.
+      digest: names the samples and all of their features, and their order.
+
+    Raises:
+      UserError: an index that is not there any more, or damaged; with `digest`, one of other samples.
     """
 
-    def __init__(self, folder: epath.PathLike, indices: Sequence[epath.PathLike]):
-        self._given = (folder, tuple(indices))
+    def __init__(self, folder: epath.PathLike, indices: Sequence[epath.PathLike], digest: str | None = None):
         self._parts = [_Part(folder, epath.Path(path)) for path in indices]
+        names = [(part.about["settings"]["dataset"], part.about["digest"]) for part in self._parts]
+        self.digest = xxhash.xxh3_128_hexdigest(json.dumps(names).encode())
+        if digest not in (None, self.digest):
+            raise UserError(f"{folder}: the features of {', '.join(name for name, _ in names)} are others than those "
+                            f"that were opened before; found the digest {self.digest}, expected {digest}")
+        self._given = (folder, tuple(indices), self.digest)
         self._ends = np.cumsum([len(part.index["row"]) for part in self._parts])
         self.tasks = tuple(dict.fromkeys(task for part in self._parts for task in part.about["tasks"]))
         self.datasets = tuple(part.about["settings"]["dataset"] for part in self._parts)
@@ -90,15 +51,6 @@ class Features:
         self.tokens = np.concatenate([part.tokens for part in self._parts])
         self.references = np.concatenate([part.index["references"] for part in self._parts])
         self.dataset = np.repeat(np.arange(len(self._parts), dtype=np.int32), np.diff([0, *self._ends]))
-
-    @classmethod
-    def open(cls, folder: epath.PathLike, settings: Sequence[Settings]) -> "Features":
-        """The features of datasets with these settings (`acejax.data.cache.build.settings`).
-
-        Raises:
-          UserError: no such features; it says what those that are there differ in.
-        """
-        return cls(folder, [_find(folder, one) for one in settings])
 
     def __len__(self) -> int:
         return len(self.task)
@@ -200,31 +152,3 @@ def positions(rows: int, columns: int) -> np.ndarray:
     grid[..., 1] = np.arange(rows)[:, None]
     grid[..., 2] = np.arange(columns)
     return grid.reshape(-1, 3)
-
-
-def _find(folder: epath.PathLike, settings: Settings) -> epath.Path:
-    """The index of these settings."""
-    path = index_path(folder, settings)
-    if path.exists():
-        with path.open("rb") as file:
-            if store.header(file, path)[1]["settings"] == settings:
-                return path
-    others = []
-    if path.parent.exists():
-        for other in sorted(path.parent.iterdir()):
-            if other.name.endswith(".safetensors") and other.name[:-len(path.suffix)][:-17] == path.stem[:-17]:
-                with other.open("rb") as file:
-                    others.append(_differences(settings, store.header(file, other)[1]["settings"]))
-    if not others:
-        raise UserError(f"{folder}: no features of {settings['dataset']!r}; {MAKE}")
-    nearest = min(others, key=len)
-    raise UserError(f"{folder}: no features of {settings['dataset']!r} with these settings; {MAKE}. The nearest that "
-                    f"are there differ in {'; '.join(nearest)}")
-
-
-def _differences(wanted: Any, found: Any, name: str = "") -> list[str]:
-    """Fields that differ, with what was found and what is wanted."""
-    if isinstance(wanted, Mapping) and isinstance(found, Mapping):
-        return [line for field in sorted({*wanted, *found})
-                for line in _differences(wanted.get(field), found.get(field), f"{name}.{field}" if name else field)]
-    return [] if wanted == found else [f"{name} ({found!r}; expected {wanted!r})"]

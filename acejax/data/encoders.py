@@ -78,6 +78,7 @@ class Encoders:
       picture_id: names what `pictures` gives.
       prompt_key: names what `prompts` gives for one; the same for prompts that are read alike.
       text_shape: (T, D, P) where it is known before anything is encoded.
+      free_autoencoder: lets go of what `pictures` has in memory; it is read again at the next call.
       text_id: names what `prompts` gives for any prompt; "" where only `prompt_key` tells, prompt by prompt.
     """
 
@@ -87,6 +88,7 @@ class Encoders:
     prompt_key: Callable[[str], bytes]
     text_shape: tuple[int, int, int] | None = None
     text_id: str = ""
+    free_autoencoder: Callable[[], None] = lambda: None
 
     @classmethod
     def load(cls, config: EncodersConfig, mesh: Mesh | None = None, notes: epath.PathLike | None = None) -> "Encoders":
@@ -119,8 +121,8 @@ class Encoders:
                                                                          for ids in prompts.ids([prompt]))]))
 
         shape = (config.text_length, t5_model.config.d_model, clip_model.config.hidden_size)
-        return cls(_Pictures(picture_model, jnp.dtype(dtype), config.tile, mesh), prompts, name, prompt_key, shape,
-                   text_id)
+        pictures = _Pictures(picture_model, jnp.dtype(dtype), config.tile, mesh)
+        return cls(pictures, prompts, name, prompt_key, shape, text_id, pictures.free)
 
 
 class _Pictures:
@@ -133,15 +135,18 @@ class _Pictures:
         run, mesh = self._loaded
         return run(*_split(mesh, pictures))[:len(pictures)]
 
+    def free(self) -> None:
+        self.__dict__.pop("_loaded", None)
+
     @functools.cached_property
     def _loaded(self) -> tuple[Callable[..., jax.Array], Mesh]:
-        mesh = self._mesh or _own_devices()
-        config, params = load.load(self._model, mesh)
+        mesh, tile, dtype = self._mesh or _own_devices(), self._tile, self._dtype  # no self in the function: a cycle
+        config, params = load.load(self._model, mesh)  # would keep the weights in memory
         params = {"encoder": params["encoder"]}
 
         @jax.jit
         def encode(params, pictures):
-            return autoencoder.encode(config, params, pictures, tile=self._tile, dtype=self._dtype)
+            return autoencoder.encode(config, params, pictures, tile=tile, dtype=dtype)
 
         return functools.partial(encode, params), mesh
 
@@ -165,15 +170,15 @@ class _Prompts:
 
     @functools.cached_property
     def _loaded(self) -> tuple[Callable[..., tuple[jax.Array, jax.Array]], Mesh]:
-        mesh = self._mesh or _own_devices()
+        mesh, dtype = self._mesh or _own_devices(), self._dtype
         # T5 is stored in float32 as often as not, and is cast where it is used anyway
-        (t5_config, t5_params), (clip_config, clip_params) = (load.load(model, mesh, self._dtype)
+        (t5_config, t5_params), (clip_config, clip_params) = (load.load(model, mesh, dtype)
                                                               for model in self._models)
 
         @jax.jit
         def encode(params, t5_ids, clip_ids):
-            pooled = clip.apply(clip_config, params[1], clip_ids, dtype=self._dtype)[1]
-            return t5.apply(t5_config, params[0], t5_ids, dtype=self._dtype), pooled
+            pooled = clip.apply(clip_config, params[1], clip_ids, dtype=dtype)[1]
+            return t5.apply(t5_config, params[0], t5_ids, dtype=dtype), pooled
 
         return functools.partial(encode, (t5_params, clip_params)), mesh
 

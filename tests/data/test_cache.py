@@ -308,6 +308,26 @@ def test_features_that_vanish_while_they_are_made_are_missed(tmp_path, monkeypat
     assert not (tmp_path / "index").exists()
 
 
+def test_features_that_are_not_finite_are_refused(tmp_path):
+    counting = Counting()
+    texts = counting.texts
+
+    def huge(prompts):
+        text, pooled = texts(prompts)
+        return text * np.where(np.array(prompts) == "prompt 3", 1e6, 1)[:, None, None], pooled
+
+    counting.texts = huge
+    with pytest.raises(UserError, match="the prompt 'prompt 3': the text encoders gave numbers that are not finite, "
+                                        "stored in float16; expected"):
+        build(tmp_path, samples(), counting, dtype="float16")
+    counting = Counting()
+    pictures = counting.pictures
+    counting.pictures = lambda tiles: pictures(tiles) * np.nan
+    with pytest.raises(UserError, match="edit of sample 0: the autoencoder gave numbers that are not finite, stored"):
+        build(tmp_path / "tiles", samples()[:2], counting)
+    assert not list(tmp_path.rglob("index"))
+
+
 def test_two_writers_of_one_file(tmp_path):
     def write(number):
         for _ in range(50):

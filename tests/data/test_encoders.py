@@ -2,11 +2,14 @@
 
 import dataclasses
 import functools
+import gc
 import json
 import os
+import pathlib
 import subprocess
 import sys
 import textwrap
+import weakref
 
 import jax
 import numpy as np
@@ -18,6 +21,7 @@ from acejax.cli.main import main
 from acejax.data import encoders as encoders_file
 from acejax.data import latents, prepare
 from acejax.data.cache import tiles
+from acejax.data.cache.build import CacheConfig, build, settings
 from acejax.data.cache.survey import Recipe
 from acejax.data.config import DataConfig
 from acejax.data.encoders import Encoders, EncodersConfig
@@ -29,7 +33,7 @@ from acejax.model.config import AutoencoderConfig, CLIPConfig, T5Config
 from acejax.weights.save import save_tensors
 from tests import tokenizers
 from tests.counts import count
-from tests.data.cached import files, samples
+from tests.data.cached import AUGMENT, CANVAS, files, samples
 from tests.weights import models
 
 VAE = AutoencoderConfig(ch=32, ch_mult=(1, 1, 1, 1), num_res_blocks=1)
@@ -64,7 +68,7 @@ def config(weights):
 
 def names(config, **changes):
     made = Encoders.load(dataclasses.replace(config, **changes))
-    return made.picture_id, tuple(map(made.prompt_key, PROMPTS))
+    return made.picture_id, tuple(map(made.prompt_key, PROMPTS)), made.text_id
 
 
 def test_models_are_read_when_they_are_needed(config, monkeypatch):
@@ -88,20 +92,57 @@ def test_models_are_read_when_they_are_needed(config, monkeypatch):
     np.testing.assert_allclose(pooled, expected, atol=1e-4)
 
 
+def test_models_leave_memory_when_they_have_served(config, tmp_path, monkeypatch):
+    """The autoencoder before prompts are encoded, all of them with the encoders; nothing waits for a collection."""
+    read = {}
+
+    def load(model, mesh, *dtype):
+        array = jax.numpy.ones((2, 2))
+        read[pathlib.Path(model.path).stem] = weakref.ref(array)
+        return None, {"encoder": array}
+
+    monkeypatch.setattr(encoders_file.load, "load", load)
+    monkeypatch.setattr(autoencoder, "encode", lambda _, params, pictures, **more: jax.numpy.repeat(
+        pictures[:, ::8, ::8, :1], 16, 3) * params["encoder"][0, 0])
+    monkeypatch.setattr(t5, "apply", lambda _, params, ids, **more: ids[..., None] * params["encoder"][0])
+    monkeypatch.setattr(clip, "apply", lambda _, params, ids, **more: (None, ids[:, :3] * params["encoder"][0, 0]))
+
+    def run():
+        made, alive = Encoders.load(config), []
+
+        def prompts(texts):
+            alive.append(read["autoencoder"]() is not None)
+            return made.prompts(texts)
+
+        spied, cached = dataclasses.replace(made, prompts=prompts), CacheConfig(str(tmp_path), "float32")
+        build(samples()[:1], settings("list", {}, CANVAS, AUGMENT, spied, cached, 0), CANVAS, AUGMENT, spied, cached)
+        assert alive and not any(alive)
+        assert read["t5"]() is not None and read["clip"]() is not None, "for the next dataset"
+        made.pictures(np.zeros((1, 16, 16, 3), np.float32))
+        assert read["autoencoder"]() is not None
+
+    gc.disable()
+    try:
+        run()
+        assert not any(weak() is not None for weak in read.values())
+    finally:
+        gc.enable()
+
+
 def test_names_change_with_what_is_given(config, weights, tmp_path):
-    pictures, prompts = names(config)
-    assert names(config) == (pictures, prompts)
+    pictures, prompts, text = names(config)
+    assert names(config) == (pictures, prompts, text)
     for changes, same in (({"dtype": "bfloat16"}, ""), ({"autoencoder_dtype": "bfloat16"}, "prompts"),
                           ({"text_length": 8}, "pictures"), ({"tile": 64}, "prompts"),
                           ({"reference": True}, "pictures")):
         found = names(config, **changes)
         assert (found[0] == pictures) == (same == "pictures"), changes
-        assert (found[1] == prompts) == (same == "prompts"), changes
+        assert (found[1] == prompts) == (found[2] == text) == (same == "prompts"), changes
     reference = names(config, reference=True)[1]
     assert [old == new for old, new in zip(prompts, reference, strict=True)] == [True, True, False], "the id of {image}"
     copy = tmp_path / "the same.safetensors"
     copy.write_bytes((weights / "autoencoder.safetensors").read_bytes())
-    assert names(config, autoencoder=str(copy)) == (pictures, prompts)
+    assert names(config, autoencoder=str(copy)) == (pictures, prompts, text)
     torn = bytearray(copy.read_bytes())
     torn[-3] ^= 1
     copy.write_bytes(torn)

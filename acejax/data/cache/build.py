@@ -147,6 +147,7 @@ class _Build:
             if len(self._broken) == before:
                 break
             work = self._work(table)  # what a broken sample would have made for others
+        self._encoders.free_autoencoder()
         nbytes += self._prompts(prompts, keys, missing)
         seconds = time.time() - begun
         table = self._table()

@@ -21,6 +21,7 @@ from acejax.data.sample import Sample
 from acejax.errors import UserError
 
 IN_FLIGHT = 2  # batches that the device may still be at
+Key = tuple[bytes, str]  # a row's key, and what it is made from, for messages
 Rows = dict[str, list[tuple[bytes, np.ndarray]]]  # kind of the store -> keys and rows
 
 
@@ -55,16 +56,16 @@ class Shards:
 
 class Batches:
     """Rows of equal shapes through an encoder, `size` at a time; the last row fills a batch up, so that each shape is
-    compiled once. `finish` gets (keys, what the encoder gave for them) in order.
+    compiled once. `finish` gets (keys, what the encoder gave for them) in order, the keys with what they are of.
     """
 
-    def __init__(self, encode: Callable[[Any], Any], size: int, finish: Callable[[list[bytes], Any], None]):
+    def __init__(self, encode: Callable[[Any], Any], size: int, finish: Callable[[list[Key], Any], None]):
         self._encode, self._size, self._finish = encode, size, finish
-        self._keys: list[bytes] = []
+        self._keys: list[Key] = []
         self._rows: list[Any] = []
-        self._sent: collections.deque[tuple[list[bytes], Any]] = collections.deque()
+        self._sent: collections.deque[tuple[list[Key], Any]] = collections.deque()
 
-    def add(self, key: bytes, row: Any) -> None:
+    def add(self, key: Key, row: Any) -> None:
         if self._rows and np.shape(row) != np.shape(self._rows[0]):
             self._send()
         self._keys.append(key)
@@ -107,11 +108,11 @@ def encode_tiles(jobs: Iterable[tuple[int, Job]], source: Sequence[Sample], rows
     """
     kept: Rows = {}
 
-    def keep(keys: list[bytes], latents: Any) -> None:
+    def keep(keys: list[Key], latents: Any) -> None:
         tokens = np.asarray(latents)[:len(keys)]
         height, width = tokens.shape[1] // lcu.PATCH, tokens.shape[2] // lcu.PATCH
-        tokens = lcu.patchify(tokens).reshape(len(tokens), height, width, -1).astype(dtype)
-        kept.setdefault(f"latents.{height}x{width}", []).extend(zip(keys, tokens, strict=True))
+        tokens = lcu.patchify(tokens).reshape(len(tokens), height, width, -1)
+        kept.setdefault(f"latents.{height}x{width}", []).extend(_stored(keys, tokens, dtype, "autoencoder"))
         progress.update(len(keys))
 
     batches = Batches(lambda pictures: encode(np.stack(pictures)), batch, keep)
@@ -135,7 +136,7 @@ def encode_tiles(jobs: Iterable[tuple[int, Job]], source: Sequence[Sample], rows
                         kept.setdefault("mask." + "x".join(map(str, found[name].shape)), []).append((key, found[name]))
                         progress.update()
                     else:
-                        batches.add(key, found[name])
+                        batches.add((key, f"{name} of sample {int(rows[job.sample])}"), found[name])
             batches.flush()
             shards.add(kept)
             kept = {}
@@ -151,22 +152,33 @@ def encode_prompts(chunks: Sequence[Sequence[int]], prompts: Callable[[int], tup
     """
     kept: Rows = {}
 
-    def keep(keys: list[bytes], features: tuple[Any, Any]) -> None:
-        text, pooled = (np.asarray(part)[:len(keys)].astype(dtype) for part in features)
+    def keep(keys: list[Key], features: tuple[Any, Any]) -> None:
+        text, pooled = (np.asarray(part)[:len(keys)] for part in features)
         shape = (*text.shape[1:], pooled.shape[1])
         rows = np.concatenate([text.reshape(len(keys), -1), pooled], 1)
-        kept.setdefault("text." + "x".join(map(str, shape)), []).extend(zip(keys, rows, strict=True))
+        kept.setdefault("text." + "x".join(map(str, shape)), []).extend(_stored(keys, rows, dtype, "text encoders"))
         progress.update(len(keys))
 
     batches = Batches(encode, batch, keep)
     with Shards(store) as shards:
         for chunk in chunks:
             for number in chunk:
-                batches.add(*prompts(number))
+                key, text = prompts(number)
+                batches.add((key, f"the prompt {text[:80]!r}"), text)
             batches.flush()
             shards.add(kept)
             kept = {}
     return shards.nbytes
+
+
+def _stored(keys: Sequence[Key], rows: np.ndarray, dtype: np.dtype, encoder: str) -> list[tuple[bytes, np.ndarray]]:
+    with np.errstate(over="ignore"):  # it is told below, by name
+        rows = rows.astype(dtype)
+    for (_, what), row in zip(keys, rows, strict=True):
+        if not np.isfinite(row).all():
+            raise UserError(f"{what}: the {encoder} gave numbers that are not finite, stored in {row.dtype}; expected "
+                            "finite ones: encoders.dtype and cache.dtype bfloat16 or float32 have the range")
+    return [(key, row) for (key, _), row in zip(keys, rows, strict=True)]
 
 
 def _pixels(job: Job, source: Sequence[Sample], rows: np.ndarray, recipe: Recipe) -> dict[str, np.ndarray]:

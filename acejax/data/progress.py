@@ -1,4 +1,6 @@
-"""How far long work is: a bar on a terminal, a line from time to time in a log."""
+"""How far long work is: how long it will take, once that can be told; then a bar on a terminal, a line from time to
+time in a log.
+"""
 
 import sys
 import time
@@ -7,6 +9,7 @@ from typing import Any
 from tqdm import tqdm
 
 EVERY = 30.0  # seconds between lines in a log
+MEASURED = 5.0  # seconds of steady work that tell how long all will take
 
 
 class Progress:
@@ -16,6 +19,8 @@ class Progress:
         self._label, self._unit, self._lines = label, unit, not sys.stderr.isatty()
         self._bar = tqdm(total=total, desc=label, unit=f" {unit}", disable=self._lines, delay=1)
         self._total, self._done, self._started, self._said = total, 0, time.time(), time.time()
+        self._first: tuple[int, float] | None = None  # done, and when, as steady work began
+        self._told = False
 
     def update(self, count: int = 1) -> None:
         self._bar.update(count)
@@ -25,6 +30,18 @@ class Progress:
             left = (self._total - self._done) / rate
             print(f"{self._label}: {self._done:,} of {self._total:,} {self._unit}, {rate:,.1f} a second, "
                   f"{left:,.0f} seconds left", flush=True)
+
+    def steady(self) -> None:
+        """To be called from time to time, first when all is done that is slow but once, such as compiling."""
+        now = time.time()
+        if self._first is None:
+            self._first = self._done, now
+        done, spent = self._done - self._first[0], now - self._first[1]
+        if self._told or done < 1 or spent < MEASURED:
+            return
+        self._told, left = True, self._total - self._done
+        minutes = max(1, round(left * spent / done / 60))
+        tqdm.write(f"{self._label}: about {minutes:,} minute{'s' * (minutes > 1)} for {left:,} more {self._unit}")
 
     def __enter__(self) -> "Progress":
         return self

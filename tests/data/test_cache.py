@@ -5,6 +5,7 @@ import dataclasses
 import os
 import pathlib
 import pickle
+import re
 import subprocess
 import sys
 import threading
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 
 from acejax import UserError, lcu
-from acejax.data import latents, pictures, prepare, written
+from acejax.data import latents, pictures, prepare, progress, written
 from acejax.data.augment import AugmentConfig
 from acejax.data.cache import build as cache
 from acejax.data.cache import store, tiles
@@ -485,6 +486,15 @@ def test_counts_are_told_before_the_work(tmp_path, capsys):
     assert said[0] == "list: 6 samples, 13 distinct pictures, 6 tasks"
     assert said[1].split() == ["tiles", "19", "needed", "0", "there", "19", "to", "encode"]
     assert said[2].split() == ["prompts", "6", "needed", "0", "there", "6", "to", "encode"]
+
+
+def test_the_time_is_told_when_it_is_known(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(progress, "MEASURED", 0.05)
+    build(tmp_path, samples(48), Counting(slow=0.03))
+    said = capsys.readouterr().out.splitlines()
+    told = [line for line in said if "about" in line]
+    assert len(told) == 2 and re.fullmatch(r"list: pictures: about 1 minute for \d+ more tiles", told[0])
+    assert told[1].startswith("list: prompts: about 1 minute for ") and said.index(told[0]) == 4
 
 
 def test_a_store_finds_every_key_and_no_other(tmp_path):

@@ -114,6 +114,7 @@ def encode_tiles(jobs: Iterable[tuple[int, Job]], source: Sequence[Sample], rows
         tokens = lcu.patchify(tokens).reshape(len(tokens), height, width, -1)
         kept.setdefault(f"latents.{height}x{width}", []).extend(_stored(keys, tokens, dtype, "autoencoder"))
         progress.update(len(keys))
+        progress.steady()
 
     batches = Batches(lambda pictures: encode(np.stack(pictures)), batch, keep)
 
@@ -158,6 +159,7 @@ def encode_prompts(chunks: Sequence[Sequence[int]], prompts: Callable[[int], tup
         rows = np.concatenate([text.reshape(len(keys), -1), pooled], 1)
         kept.setdefault("text." + "x".join(map(str, shape)), []).extend(_stored(keys, rows, dtype, "text encoders"))
         progress.update(len(keys))
+        progress.steady()
 
     batches = Batches(encode, batch, keep)
     with Shards(store) as shards:

@@ -12,6 +12,7 @@ million of them. `acejax.data.check` does that.
 
 import dataclasses
 import difflib
+import functools
 import json
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -80,16 +81,24 @@ class Manifest:
         name = epath.Path(self.path).name or self.path
         return f"{name}/{self.names[line - 1]}" if self.names else f"{name}:{line}"
 
-    def sample(self, row: Row) -> Sample:
-        """A row with its pictures read.
+    def sample(self, row: Row, unit: int | None = None) -> Sample:
+        """A row with its pictures read, each file once.
+
+        Args:
+          row: one of `rows`.
+          unit: a reference that alone is read, -1: all but references, None: all. What is not read is b"".
 
         Raises:
           UserError: a file that cannot be read.
         """
-        name = self.where(row.line)
+        name, read = self.where(row.line), functools.cache(pictures.read)
+
+        def picture(path: str | None, of: int) -> bytes | None:
+            return None if not path else read(path) if unit in (None, of) else b""
+
         try:
-            target, image, mask = (pictures.read(path) if path else None for path in (row.target, row.image, row.mask))
-            references = tuple(map(pictures.read, row.references))
+            target, image, mask = (picture(path, -1) for path in (row.target, row.image, row.mask))
+            references = tuple(picture(path, number) for number, path in enumerate(row.references))
         except UserError as error:
             raise UserError(f"{name}: {error}") from error
         return Sample(row.task, row.prompt, target, image, mask, references, name, row.detail)
@@ -173,6 +182,10 @@ class Source(Sequence[Sample]):
 
     def __getitem__(self, index: int) -> Sample:
         return self.manifest.sample(self.manifest.rows[index])
+
+    def pick(self, index: int, unit: int) -> Sample:
+        """A sample with no more of its pictures than a unit of its canvas needs, as `Manifest.sample`."""
+        return self.manifest.sample(self.manifest.rows[index], unit)
 
     def fingerprint(self, index: int) -> str:
         """What a sample is made of: its text, and its files by name, from where the manifest's paths start."""

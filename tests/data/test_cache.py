@@ -19,7 +19,7 @@ from acejax import UserError, lcu
 from acejax.data import latents, pictures, prepare, progress, written
 from acejax.data.augment import AugmentConfig
 from acejax.data.cache import build as cache
-from acejax.data.cache import store, tiles
+from acejax.data.cache import encode, store, tiles
 from acejax.data.cache.features import Features, positions
 from acejax.data.cache.survey import Recipe
 from acejax.data.cache.team import Team
@@ -243,6 +243,33 @@ def test_too_many_broken_pictures_stop_the_run(tmp_path):
     source[9] = dataclasses.replace(source[9], target=b"", image=None)
     with pytest.raises(UserError, match=r"2 of 24 samples .*picture target of list.jsonl:10: found an empty file"):
         build(tmp_path, source, max_broken=0.05)
+
+
+class Picks(list):
+    """Samples that are read in part; what is not needed is no picture."""
+
+    def pick(self, index, unit):
+        sample = self[index]
+        own = {field: getattr(sample, field) if unit == -1 else b"-" for field in ("target", "image", "mask")}
+        return dataclasses.replace(sample, **own, references=tuple(
+            data if unit == number else b"-" for number, data in enumerate(sample.references)))
+
+
+def test_jobs_read_what_they_need(tmp_path, monkeypatch):
+    """And no header again, nor is anything hashed."""
+    source, augment = samples(12), AugmentConfig(full_mask=0.2, random_mask=0.4)
+    build(tmp_path / "whole", source, augment=augment, variants=3)
+    tiled = encode.encode_tiles
+
+    def late(*given):
+        with monkeypatch.context() as patch:
+            patch.setattr(tiles, "hashes", None)
+            patch.setattr(pictures, "size", None)
+            return tiled(*given)
+
+    monkeypatch.setattr(encode, "encode_tiles", late)
+    build(tmp_path / "parts", Picks(source), augment=augment, variants=3)
+    assert files(tmp_path / "parts") == files(tmp_path / "whole")
 
 
 def test_the_largest_reference_number_is_named(tmp_path):

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 import acejax
-from acejax.data import manifest
+from acejax.data import manifest, pictures
 from acejax.data.manifest import Row
 from tests.counts import count
 from tests.data import odd_pictures as odd
@@ -214,6 +214,24 @@ def test_a_source_reads_its_pictures_and_opens_again_elsewhere(tmp_path):
         manifest.Source(manifest.read(path))
     with pytest.raises(acejax.UserError, match="found no sample"):
         manifest.Source(manifest.read(written(path, "", "")))
+
+
+def test_no_more_is_read_than_a_unit_needs(tmp_path, monkeypatch):
+    for name in ("t", "a", "b"):
+        (tmp_path / f"{name}.png").write_bytes(name.encode())
+    path = written(tmp_path / "a.jsonl", {"task": "x", "prompt": "p", "target": "t.png", "image": "t.png",
+                                          "references": ["a.png", "b.png"]})
+    source, seen, read = manifest.Source(manifest.read(path)), [], pictures.read
+    monkeypatch.setattr(pictures, "read", lambda path: seen.append(path[-5]) or read(path))
+
+    def picked(*unit):
+        seen.clear()
+        sample = source.pick(0, *unit) if unit else source[0]
+        return "".join(seen), (sample.target, sample.image, sample.mask, *sample.references)
+
+    assert picked() == ("tab", (b"t", b"t", None, b"a", b"b"))
+    assert picked(-1) == ("t", (b"t", b"t", None, b"", b""))
+    assert picked(1) == ("b", (b"", b"", None, b"", b"b"))
 
 
 def test_from_a_bucket(bucket, tmp_path):

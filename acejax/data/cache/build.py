@@ -223,7 +223,7 @@ class _Build:
 
         jobs, count = work.share(team.index, team.count)
         with Progress(count, f"{self._name}: pictures", "tiles") as progress:
-            nbytes = encode.encode_tiles(jobs, self._source, self._survey.row, self._recipe, self._encoders.pictures,
+            nbytes = encode.encode_tiles(jobs, self._source, self._survey, self._recipe.canvas, self._encoders.pictures,
                                          self._cache.batch, self._dtype, self._store, self._threads, progress, broken)
         for _, told in team.gather(self._folder, f"{self._name}.broken", {}, {"found": sorted(found.items())}):
             self._broken |= {sample: self._broken.get(sample, error) for sample, error in told["found"]}

@@ -13,9 +13,10 @@ from acejax import lcu
 from acejax.data.cache import tiles
 from acejax.data.cache.chunks import GREY, Job
 from acejax.data.cache.store import Store
-from acejax.data.cache.survey import Recipe, ahead
+from acejax.data.cache.survey import Survey, ahead
 from acejax.data.encoders import EncodePrompts
 from acejax.data.latents import EncodePictures
+from acejax.data.layout import CanvasConfig
 from acejax.data.progress import Progress
 from acejax.data.sample import Sample
 from acejax.errors import UserError
@@ -89,15 +90,16 @@ class Batches:
             self._finish(*self._sent.popleft())
 
 
-def encode_tiles(jobs: Iterable[tuple[int, Job]], source: Sequence[Sample], rows: np.ndarray, recipe: Recipe,
+def encode_tiles(jobs: Iterable[tuple[int, Job]], source: Sequence[Sample], looked: Survey, canvas: CanvasConfig,
                  encode: EncodePictures, batch: int, dtype: np.dtype, store: Store, threads: int, progress: Progress,
                  broken: Callable[[Job, UserError], None]) -> int:
     """Make and write the tiles of jobs; returns the bytes written.
 
     Args:
       jobs: with the number of the shard that they go to; those of a shard follow each other.
-      source: the samples; `rows` [M] tells which of them a job's sample is.
-      recipe: of the tiles.
+      source: the samples; one may have `pick(index, unit) -> Sample`, which reads no more than that unit's pictures.
+      looked: the survey that the jobs are of.
+      canvas: how pictures become one.
       encode: pictures to latents.
       batch: tiles encoded at once.
       dtype: what is stored.
@@ -120,7 +122,7 @@ def encode_tiles(jobs: Iterable[tuple[int, Job]], source: Sequence[Sample], rows
 
     def make(item: tuple[int, Job]) -> tuple[int, Job, dict[str, np.ndarray] | UserError]:
         try:
-            return *item, _pixels(item[1], source, rows, recipe)
+            return *item, _pixels(item[1], source, looked, canvas)
         except UserError as error:
             return *item, error
 
@@ -137,7 +139,7 @@ def encode_tiles(jobs: Iterable[tuple[int, Job]], source: Sequence[Sample], rows
                         kept.setdefault("mask." + "x".join(map(str, found[name].shape)), []).append((key, found[name]))
                         progress.update()
                     else:
-                        batches.add((key, f"{name} of sample {int(rows[job.sample])}"), found[name])
+                        batches.add((key, f"{name} of sample {int(looked.row[job.sample])}"), found[name])
             batches.flush()
             shards.add(kept)
             kept = {}
@@ -183,9 +185,9 @@ def _stored(keys: Sequence[Key], rows: np.ndarray, dtype: np.dtype, encoder: str
     return [(key, row) for (key, _), row in zip(keys, rows, strict=True)]
 
 
-def _pixels(job: Job, source: Sequence[Sample], rows: np.ndarray, recipe: Recipe) -> dict[str, np.ndarray]:
+def _pixels(job: Job, source: Sequence[Sample], looked: Survey, canvas: CanvasConfig) -> dict[str, np.ndarray]:
     if job.unit == GREY:
         return {"reference": np.zeros((job.height, job.width, 3), np.float32)}
-    sample = source[int(rows[job.sample])]
-    plan = recipe.visit(sample, tiles.hashes(sample), job.visit)
-    return tiles.pixels(sample, recipe.canvas, plan, job.unit)
+    row = int(looked.row[job.sample])
+    sample = source.pick(row, job.unit) if hasattr(source, "pick") and not canvas.parity else source[row]
+    return tiles.pixels(sample, canvas, looked.plan(job.sample, job.visit), job.unit)

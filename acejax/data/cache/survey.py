@@ -15,16 +15,17 @@ import numpy as np
 import xxhash
 
 from acejax.data import prepare
-from acejax.data.augment import AugmentConfig
+from acejax.data.augment import FULL, OWN, RANDOM, AugmentConfig
 from acejax.data.cache import tiles
 from acejax.data.cache.store import KEY
-from acejax.data.layout import CanvasConfig
+from acejax.data.layout import CanvasConfig, Layout
 from acejax.data.prepare import Plan
 from acejax.data.progress import Progress
 from acejax.data.sample import Sample
 from acejax.errors import UserError
 
 EDIT, MODIFY, TARGET, MASK, REFERENCES = range(5)  # a visit's tiles; then reference and grey in turn
+MASKS = (OWN, FULL, RANDOM)
 A, B = TypeVar("A"), TypeVar("B")
 
 
@@ -67,7 +68,8 @@ class Survey:
       task: [M] int32, an index into `tasks`.
       references: [M] int32, R_i.
       height, width: [M, V] int32, of the canvas and of its target in pixels.
-      widths: [sum of V R_i] int32, of the references.
+      mask, mask_seed: [M, V], which mask is drawn (an index into `MASKS`) and from which seed.
+      widths, contents: [sum of V R_i] int32, of the references: width, and height of the picture in it.
       keys: [sum of V (4 + 2 R_i), 2] of the tiles; canvases that are encoded whole have 4.
       prompt: [M, 2] of the prompt.
       own: [M] uint64, the same for samples of the same pictures, references apart (with parity: them too).
@@ -83,7 +85,10 @@ class Survey:
     references: np.ndarray
     height: np.ndarray
     width: np.ndarray
+    mask: np.ndarray
+    mask_seed: np.ndarray
     widths: np.ndarray
+    contents: np.ndarray
     keys: np.ndarray
     prompt: np.ndarray
     own: np.ndarray
@@ -95,8 +100,8 @@ class Survey:
     skipped: Sequence[tuple[int, str]]
     joined: bool
 
-    ARRAYS = ("row", "task", "references", "height", "width", "widths", "keys", "prompt", "own", "pictures", "text",
-              "text_end", "text_key")
+    ARRAYS = ("row", "task", "references", "height", "width", "mask", "mask_seed", "widths", "contents", "keys",
+              "prompt", "own", "pictures", "text", "text_end", "text_key")
 
     def told(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """As `join` takes it."""
@@ -107,6 +112,19 @@ class Survey:
     def per_visit(self) -> np.ndarray:
         """[M] keys of a visit."""
         return np.full(len(self.row), 4) if self.joined else REFERENCES + 2 * self.references
+
+    @functools.cached_property
+    def beside(self) -> np.ndarray:
+        """[M + 1] where each sample's references begin in `widths`."""
+        return np.concatenate([[0], np.cumsum(self.references.astype(np.int64) * self.height.shape[1])])
+
+    def plan(self, sample: int, visit: int) -> Plan:
+        """As it was drawn; no picture is read again for it."""
+        count, height = int(self.references[sample]), int(self.height[sample, visit])
+        first = int(self.beside[sample]) + visit * count
+        widths, contents = (tuple(values[first:first + count].tolist()) for values in (self.widths, self.contents))
+        layout = Layout(height, (*widths, int(self.width[sample, visit])), (*contents, height))
+        return Plan(layout, MASKS[self.mask[sample, visit]], int(self.mask_seed[sample, visit]))
 
     def prompt_text(self, number: int) -> str:
         """A distinct prompt."""
@@ -134,8 +152,7 @@ def entries(survey: Survey, at: np.ndarray) -> Entries:
     sample = np.searchsorted(starts, at, "right") - 1
     visit, slot = np.divmod(at - starts[sample], survey.per_visit[sample])
     references = survey.references[sample]
-    first = np.concatenate([[0], np.cumsum(survey.references.astype(np.int64) * survey.height.shape[1])])
-    before = first[sample] + visit * references
+    before = survey.beside[sample] + visit * references
     width = survey.width[sample, visit].astype(np.int64)
     if survey.joined:
         total = np.concatenate([[0], np.cumsum(survey.widths, dtype=np.int64)])
@@ -149,7 +166,8 @@ def entries(survey: Survey, at: np.ndarray) -> Entries:
 def look(source: Sequence[Sample], rows: Sequence[int], recipe: Recipe, threads: int, label: str) -> Survey:
     """Survey some rows of a source."""
     prompt = functools.lru_cache(2**16)(recipe.prompt)
-    codes = dict.fromkeys(("task", "references", "height", "width", "widths"), "i") | {"row": "q", "own": "Q"}
+    codes = dict.fromkeys(("task", "references", "height", "width", "widths", "contents"), "i")
+    codes |= {"row": "q", "own": "Q", "mask": "b", "mask_seed": "I"}
     numbers = {name: array.array(code) for name, code in codes.items()}
     keys, prompts, pictures = bytearray(), bytearray(), set()
     texts, text_ends, text_keys = bytearray(), array.array("q"), {}
@@ -178,10 +196,13 @@ def look(source: Sequence[Sample], rows: Sequence[int], recipe: Recipe, threads:
             for plan, named in visits:
                 numbers["height"].append(plan.layout.height)
                 numbers["width"].append(plan.layout.target_width)
+                numbers["mask"].append(MASKS.index(plan.mask))
+                numbers["mask_seed"].append(plan.mask_seed)
                 numbers["widths"].extend(plan.layout.widths[:-1])
+                numbers["contents"].extend(plan.layout.contents[:-1])
                 keys += b"".join(key or bytes(16) for key in (*named[:4], *sum(named.references, ())))
     arrays = {name: np.array(values, values.typecode) for name, values in numbers.items()}
-    for name in ("height", "width"):
+    for name in ("height", "width", "mask", "mask_seed"):
         arrays[name] = arrays[name].reshape(-1, recipe.variants)
     return Survey(**arrays, keys=_pairs(keys), prompt=_pairs(prompts), pictures=_pairs(b"".join(sorted(pictures))),
                   text=np.frombuffer(bytes(texts), np.uint8), text_end=np.array(text_ends, np.int64),
@@ -209,9 +230,10 @@ def take(survey: Survey, good: np.ndarray) -> Survey:
     visits = survey.height.shape[1]
     keys = np.repeat(good, survey.per_visit * visits)
     widths = np.repeat(good, survey.references * visits)
-    parts = {name: getattr(survey, name)[good] for name in ("row", "task", "references", "height", "width", "prompt",
-                                                            "own")}
-    return dataclasses.replace(survey, **parts, keys=survey.keys[keys], widths=survey.widths[widths])
+    parts = {name: getattr(survey, name)[good] for name in ("row", "task", "references", "height", "width", "mask",
+                                                            "mask_seed", "prompt", "own")}
+    return dataclasses.replace(survey, **parts, keys=survey.keys[keys], widths=survey.widths[widths],
+                               contents=survey.contents[widths])
 
 
 def as_keys(pairs: np.ndarray) -> np.ndarray:

@@ -245,8 +245,8 @@ def _from_text(text: str, fields: tuple[str, ...]) -> tuple[Values, Wrong]:
     named = dict(zip(fields, parts, strict=True))
     references = [part for field, part in zip(fields, parts, strict=True) if field == "ref_image" and part]
     return {"task": named.get("data_type") or folder.NO_TASK, "prompt": named["prompt"],
-            "target": named["target_image"], "image": named.get("edit_image") or None, "mask": named.get("edit_mask") or None,
-            "references": references}, []
+            "target": named["target_image"], "image": named.get("edit_image") or None,
+            "mask": named.get("edit_mask") or None, "references": references}, []
 
 
 def _from_json(text: str) -> tuple[Values, Wrong]:

@@ -183,6 +183,11 @@ class Source(Sequence[Sample]):
     def path(self) -> str:
         return self.manifest.path
 
+    @property
+    def tasks(self) -> set[str]:
+        """Their names."""
+        return {row.task for row in self.manifest.rows}
+
     def __reduce__(self):
         kept = self.manifest
         return _again, (kept.path, kept.fields, kept.prefix, kept.digest, self._skip_faults)

@@ -17,6 +17,8 @@ from acejax.data.layout import CanvasConfig
 from acejax.model.config import Execution, MMDiTConfig
 from acejax.model.mmdit import Tokens, apply
 
+CANVAS = CanvasConfig(editing_height=1.0)
+
 
 class Editor:
     """Edits pictures with a 448-channel model.
@@ -35,7 +37,7 @@ class Editor:
     def __init__(self, config: MMDiTConfig, params: Any, encode_pictures: EncodePictures,
                  decode_latents: Callable[[jax.Array], jax.Array], encode_prompts: EncodePrompts, *, steps: int = 16,
                  guidance: float = 1.0, execution: Execution = Execution(),
-                 canvas: CanvasConfig = CanvasConfig(editing_height=1.0)):
+                 canvas: CanvasConfig = CANVAS):
         self._params, self._canvas = params, canvas
         self._encode_pictures, self._encode_prompts = encode_pictures, encode_prompts
         self._decode = decode_latents

@@ -40,12 +40,12 @@ def make_features(data: DataConfig, sources: Mapping[str, Sequence[Sample]] | No
       model: the transformer that is to read them.
 
     Raises:
-      UserError: what the sources, the encoders or `acejax.data.cache.build.build` find wrong; a weight of a task that
-        the sources do not have, as far as they tell their tasks; text of another width than the model's.
+      UserError: what the sources, the encoders or `acejax.data.cache.build.build` find wrong; a stage or a weight that
+        no sample has, as far as the sources tell it (manifests do); text of another width than the model's.
     """
     if sources is None:
         sources = {name: source.open() for name, source in data.sources.items()}
-    _check_tasks(data.stages, sources)
+    _check_stages(data.stages, sources)
     encoders = data.load_encoders() if encoders is None else encoders
     if model is not None and encoders.text_shape is not None:
         for field, width in zip(("context_in_dim", "vec_in_dim"), encoders.text_shape[1:], strict=True):
@@ -72,14 +72,16 @@ def make_stream(stages: Sequence[StageConfig], steps: int, batches: BatchConfig,
                   sorted(sizes), sizes, seed, max_broken)
 
 
-def _check_tasks(stages: Sequence[StageConfig], sources: Mapping[str, Sequence[Sample]]) -> None:
-    """A weight's name must fit some `dataset/task`; a source that does not tell its tasks may have any."""
-    tasks = {name: getattr(source, "tasks", None) for name, source in sources.items()}
-    if any(found is None for found in tasks.values()):
+def _check_stages(stages: Sequence[StageConfig], sources: Mapping[str, Sequence[Sample]]) -> None:
+    """Each stage and each of its weights must have samples; a source that does not tell what it has may have any."""
+    kinds = {name: getattr(source, "kinds", None) for name, source in sources.items()}
+    if any(found is None for found in kinds.values()):
         return
-    names = sorted(f"{name}/{task}" for name, found in tasks.items() for task in found)
     for number, stage in enumerate(stages):
-        for pattern, weight in (stage.weights or {}).items():
+        names = sorted({f"{name}/{task}" for name, found in kinds.items() for task, references in found
+                        if stage.references is None or references <= stage.references})
+        for pattern, weight in ({"*": 1} if stage.weights is None else stage.weights).items():
             if weight and not fits(pattern, names):
-                raise UserError(f"config.stages[{number}].weights: no samples of {pattern!r}; there are "
-                                f"{', '.join(names)}")
+                raise UserError(f"config.stages[{number}]: no samples of {pattern!r}" + (
+                    "" if stage.references is None else f" with at most {stage.references} references")
+                    + f"; there are {', '.join(names) or 'none'}")

@@ -184,9 +184,9 @@ class Source(Sequence[Sample]):
         return self.manifest.path
 
     @property
-    def tasks(self) -> set[str]:
-        """Their names."""
-        return {row.task for row in self.manifest.rows}
+    def kinds(self) -> set[tuple[str, int]]:
+        """(task, number of references) of its samples."""
+        return {(row.task, len(row.references)) for row in self.manifest.rows}
 
     def __reduce__(self):
         kept = self.manifest

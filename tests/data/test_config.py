@@ -98,25 +98,28 @@ def test_what_the_run_does_not_fit_is_known_before_it_is_encoded(tmp_path):
     (tmp_path / "list.jsonl").write_text('{"task": "one", "prompt": "p", "target": "a.png"}\n')
     counting = Counting()
 
-    def features(weights, **model):
+    def features(weights, references=None, **model):
         given = get_config("stage2").to_dict()
-        given["stages"] = ({"share": 1.0, "weights": weights},)
+        given["stages"] = ({"share": 1.0, "weights": weights, "references": references},)
         given["data"]["sources"] = {"mine": {"path": str(tmp_path / "list.jsonl")}}
         given["cache"]["dir"] = str(tmp_path / "cache")
         return inputs.make_features(DataConfig.of(ConfigDict(given)), None, encoders, MMDiTConfig.tiny(**model))
 
     encoders = counting.encoders()
     encoders = type(encoders)(**{**vars(encoders), "text_shape": (4, 8, 3)})
-    with pytest.raises(UserError, match=r"config.stages\[0\].weights: no samples of 'two'; there are mine/one"):
+    with pytest.raises(UserError, match=r"config.stages\[0\]: no samples of 'two'; there are mine/one"):
         features({"one": 1, "two": 1}, context_in_dim=8, vec_in_dim=3)
     with pytest.raises(UserError, match="config.model.context_in_dim is 16; the text encoders give 8"):
         features({"one": 1}, context_in_dim=16, vec_in_dim=3)
     with pytest.raises(UserError, match="config.model.vec_in_dim is 16; the text encoders give 3"):
         features({"mine/*": 1}, context_in_dim=8, vec_in_dim=16)
+    (tmp_path / "list.jsonl").write_text('{"task": "one", "prompt": "p", "target": "a.png", "references": ["a.png"]}\n')
+    with pytest.raises(UserError, match=r"stages\[0\]: no samples of '\*' with at most 0 references; there are none"):
+        features(None, 0)
     assert not counting.batches and not counting.prompts
     assert len(features({"one": 1}, context_in_dim=8, vec_in_dim=3)) == 1
 
 
 def test_a_source_that_does_not_tell_its_tasks_may_have_any():
-    inputs._check_tasks(DataConfig.of(changed("stages", ({"share": 1, "weights": {"x": 1}},))).stages,
-                        {"mine": samples(2)})
+    inputs._check_stages(DataConfig.of(changed("stages", ({"share": 1, "weights": {"x": 1}},))).stages,
+                         {"mine": samples(2)})

@@ -28,8 +28,10 @@ from acejax.train.step import StepConfig, TrainState, init_state, train_step
 FREE = ("execution", "mesh", "reading", "log_every", "checkpoint_every", "keep_checkpoints",  # how, not what
         "cache.dir", "cache.batch",  # what encoders give is told by the features' digest, whatever their names
         "encoders.autoencoder", "encoders.t5", "encoders.clip", "encoders.tokenizers")
-FIELDS = ("seed", "steps", "stages", "model", "data", "loss", "optimizer", "mesh", "execution", "reading", "log_every",
-          "checkpoint_every", "keep_checkpoints")
+FIELDS = {"": ("seed", "steps", "stages", "model", "data", "loss", "optimizer", "mesh", "execution", "reading",
+               "log_every", "checkpoint_every", "keep_checkpoints"),  # by part: what must be there
+          "loss": ("mask_weight", "sigma_shift", "sigma_spread"), "execution": ("dtype", "attention", "remat"),
+          "optimizer": ("learning_rate", "warmup", "b1", "b2", "weight_decay", "clip")}
 
 
 def check(config: ml_collections.ConfigDict) -> tuple[Mesh, MMDiTConfig, Execution]:
@@ -38,8 +40,10 @@ def check(config: ml_collections.ConfigDict) -> tuple[Mesh, MMDiTConfig, Executi
     Raises:
       UserError: a part that is missing, a model, mesh, batch size or execution that can't be.
     """
-    if missing := [field for field in FIELDS if field not in config]:
-        raise UserError(f"config.{missing[0]} is missing")
+    for part, fields in FIELDS.items():
+        for field in fields:
+            if field not in (config[part] if part else config):
+                raise UserError(f"config.{f'{part}.' if part else ''}{field} is missing")
     if jax.process_count() > 1:
         raise UserError("training over several processes is not there yet; one process drives all devices of a host")
     if config.steps < 1 or config.seed < 0:

@@ -82,7 +82,7 @@ def load_weights(path: epath.PathLike) -> tuple[Any, Any]:
 def claim(workdir: epath.PathLike, config: dict[str, Any], free: tuple[str, ...] = ()) -> None:
     """Bind a workdir to a config: the first run writes `config.json`, a later one must agree with it.
 
-    Fields below the top-level names in `free` say how a run is computed, not what it computes, and may change.
+    The fields `free`, and all below them, say how a run is computed, not what it computes, and may change.
 
     Raises:
       UserError: the workdir holds a run of another config, naming the first field that differs, or can't be written.
@@ -90,20 +90,36 @@ def claim(workdir: epath.PathLike, config: dict[str, Any], free: tuple[str, ...]
     path = epath.Path(workdir) / "config.json"
     config = json.loads(json.dumps(config))
     if path.exists():
-        found, wanted = (_flatten({k: v for k, v in c.items() if k not in free})
-                         for c in (json.loads(path.read_text()), config))
+        found, wanted = (_flatten(one) for one in (json.loads(path.read_text()), config))
         for field in sorted(found.keys() | wanted.keys()):
-            if found.get(field) != wanted.get(field):
+            if found.get(field) != wanted.get(field) and not f"{field}.".startswith(tuple(f"{name}." for name in free)):
                 raise UserError(
                     f"workdir {workdir} holds a run with config.{field} = {found.get(field)!r}, this one has "
                     f"{wanted.get(field)!r}; give another --workdir, or the config it was started with")
+    _write(path, config)
+
+
+def claim_data(workdir: epath.PathLike, digest: str) -> None:
+    """Bind a workdir to the data that a run reads, as `claim`: the first run writes `data.json`.
+
+    Raises:
+      UserError: the run began with other data, or the workdir can't be written.
+    """
+    path = epath.Path(workdir) / "data.json"
+    if path.exists() and (found := json.loads(path.read_text())["digest"]) != digest:
+        raise UserError(f"workdir {workdir}: the data has changed since this run began (the digest of its features was "
+                        f"{found}, now it is {digest}); give another --workdir, or the data it was started with")
+    _write(path, {"digest": digest})
+
+
+def _write(path: epath.Path, content: dict[str, Any]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.parent / "config.json.tmp"
-        beside.write_text(json.dumps(config, indent=2))
+        beside = path.parent / f"{path.name}.tmp"
+        beside.write_text(json.dumps(content, indent=2))
         beside.replace(path)
     except OSError as error:
-        raise UserError(f"workdir {workdir} cannot be written: {error}") from error
+        raise UserError(f"workdir {path.parent} cannot be written: {error}") from error
 
 
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

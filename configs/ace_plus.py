@@ -1,5 +1,8 @@
 """ACE++ on your own pictures: `--config=configs/ace_plus.py:stage1`, `:stage2` (the default), `:both` or `:lora`.
 
+So far `acejax train` starts from random weights and trains all of them: it does not read FLUX's or ACE++'s weights yet,
+and `:lora` trains no LoRA.
+
 Stage 1 has the tasks without references, stage 2 all of them (paper section 4). `:lora` lays the canvas out as the
 released LoRAs for FLUX.1-Fill-dev are used: 384 channels, full-height references, nothing split.
 """

@@ -37,7 +37,9 @@ def parse_flags(command: str, argv: Sequence[str], define: Define) -> flags.Flag
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError, SyntaxError) as error:
         unknown = isinstance(error, (KeyError, AttributeError))
         text = f"no such config field: {str(error.args[0]).strip(QUOTES)}" if unknown else str(error).strip()
-        raise UserError(f"{command}: {(text or type(error).__name__).splitlines()[0]}") from error
+        lines = (text or type(error).__name__).splitlines()
+        why = f" {lines[-1]}" if lines[0].endswith("parsing config file:") else ""  # the last line of a traceback
+        raise UserError(f"{command}: {lines[0]}{why}") from error
     if rest:
         hint = f"; write --config.{rest[0]}" if re.fullmatch(r"[\w.]+=.*", rest[0]) else ""
         raise UserError(f"{command}: {rest[0]!r} is no flag{hint}")

@@ -3,17 +3,17 @@
 import argparse
 import json
 import logging
-import sys
 import warnings
 
 import numpy as np
 from etils import epath
-from tqdm import tqdm
 
 from acejax.data import buckets, manifest, sheet, written
-from acejax.data.check import Report, check, is_dataset, kinds, spread, stages
+from acejax.data.check import Report, check, kinds, spread, stages
+from acejax.data.dataset_folder import is_dataset
 from acejax.data.layout import CanvasConfig
 from acejax.data.manifest import Fault
+from acejax.data.progress import Progress
 from acejax.errors import UserError
 
 LISTED = 50  # faults on the terminal; all are in the JSON
@@ -35,6 +35,8 @@ def main(argv: list[str]) -> int:
         raise UserError(f"--sheet={args.sheet}: expected the name of a .png file")
     if any(batch is not None and batch < 1 for batch in (args.batch_size, args.batch_tokens)):
         raise UserError("--batch_size and --batch_tokens: expected at least 1")
+    if args.seed < 0:
+        raise UserError(f"--seed={args.seed}: expected 0 or more")
     make = CanvasConfig if args.split else CanvasConfig.lora
     config = make(max_tokens=args.max_tokens, budget=args.budget, parity=args.parity)
     if is_dataset(args.manifest):
@@ -43,8 +45,8 @@ def main(argv: list[str]) -> int:
     warnings.simplefilter("ignore")  # Pillow speaks of metadata; what matters is in the report
     logging.getLogger("PIL").setLevel(logging.CRITICAL)
     files = len({path for row in found.rows for _, path in row.files})
-    with tqdm(total=files, unit=" files", desc="checking", disable=not sys.stderr.isatty(), leave=False) as bar:
-        report = check(found, config, args.decode, args.seed, bar.update)
+    with Progress(files, "checking", "files") as progress:
+        report = check(found, config, args.decode, args.seed, progress.update)
     steps = {}
     if args.batch_size or args.batch_tokens:
         steps["steps_per_epoch"] = report.steps(args.batch_size, args.batch_tokens)

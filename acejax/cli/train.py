@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from acejax.checkpoint import claim
+from acejax.checkpoint import claim, claim_data
 from acejax.cli.config import CPU_DEVICES, parse_config
 from acejax.errors import UserError
 
@@ -22,16 +22,21 @@ def main(argv: Sequence[str]) -> int:
     from acejax.train import loop
 
     split_cpu(values["cpu_devices"].value)
-    if config.data.get("source") == "demo":
+    if config.get("data", {}).get("source") == "demo":
         from acejax.demo import job
         _, _, stream = job.prepare(config, workdir)
     else:
         from acejax.data import inputs
         from acejax.data.config import DataConfig
         data = DataConfig.of(config)
-        mesh, *_ = loop.check(config)
+        mesh, model, _ = loop.check(config)
+        inputs.check(data, mesh)
+        print("training from random weights: those of FLUX or ACE++ are not read yet", flush=True)
         claim(workdir, config.to_dict(), loop.FREE)
-        stream = inputs.make_stream(config, inputs.make_features(data), mesh)
+        features = inputs.make_features(data, model=model)
+        if (digest := getattr(features, "digest", None)) is not None:
+            claim_data(workdir, digest)
+        stream = inputs.make_stream(data.stages, config.steps, data.batches, features, mesh, data.seed, data.max_broken)
     _, seconds = loop.train(config, workdir, stream)
     print(f"trained to step {config.steps}: {', '.join(f'{name} {value:.0f} s' for name, value in seconds.items())}")
     return 0

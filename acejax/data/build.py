@@ -5,7 +5,6 @@ which files are done. The dataset is there when `dataset_info.json` is, which is
 """
 
 import contextlib
-import json
 import pathlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,7 +17,7 @@ from etils import epath
 from acejax.data.dataset import FEATURES
 from acejax.data.dataset_folder import BUILDING, INFO
 from acejax.data.sample import Sample
-from acejax.data.shards import Job, Note, write, write_json
+from acejax.data.shards import Job, Note, read_json, write, write_json
 from acejax.errors import UserError
 
 try:
@@ -80,7 +79,7 @@ def record(folder: epath.PathLike) -> dict[str, dict[str, Any]]:
     {"samples" (given), "records", "bytes", "pictures" (their bytes), "skipped" (messages), "source", "fingerprints"
     (one for each file)}
     """
-    return _read_json(epath.Path(folder) / RECORD) or {}
+    return read_json(epath.Path(folder) / RECORD) or {}
 
 
 def _job(folder: epath.Path, name: str, split: str, source: Sequence[Sample], shards: int | None,
@@ -97,7 +96,7 @@ def _job(folder: epath.Path, name: str, split: str, source: Sequence[Sample], sh
     if there and done is None:
         raise UserError(f"{folder}: split {split!r} is there already, and was not built by acejax; give another name "
                         "or data_dir")
-    begun = done if there else _read_json(plan)
+    begun = done if there else read_json(plan)
     shards = shards and min(shards, len(source))
     job = Job(str(folder), name, split, source, len(begun["fingerprints"]) if begun else shards or _shards(source),
               skip_broken)
@@ -190,7 +189,7 @@ def _write(job: Job, workers: int, progress: Progress | None) -> None:
 
 
 def _done(job: Job, shard: int) -> bool:
-    note = _read_json(job.note(shard))
+    note = read_json(job.note(shard))
     return note is not None and job.path(shard).exists() and job.path(shard).stat().length == note["bytes"]
 
 
@@ -198,12 +197,12 @@ def _finish(folder: epath.Path, name: str, version: str, jobs: Mapping[str, Job]
     """Metadata of all that is there: the splits of before and those of `jobs`."""
     written, infos = record(folder), _splits(folder)
     for split, job in jobs.items():
-        notes: list[Note] = [_read_json(job.note(shard)) for shard in range(job.shards)]
+        notes: list[Note] = [read_json(job.note(shard)) for shard in range(job.shards)]
         sums = {field: sum(note[field] for note in notes) for field in ("records", "bytes", "pictures")}
         skipped = [message for note in notes for message in note["skipped"]]
         if not sums["records"]:
             raise UserError(f"{folder}: split {split!r}: all {len(skipped)} samples are broken, {skipped[0]}")
-        written[split] = _read_json(folder / BUILDING / f"{split}.json") | sums | {"skipped": skipped}
+        written[split] = read_json(folder / BUILDING / f"{split}.json") | sums | {"skipped": skipped}
         infos[split] = tfds.core.SplitInfo(name=split, shard_lengths=[note["records"] for note in notes],
                                            num_bytes=sums["bytes"])
     write_json(folder / RECORD, written)
@@ -306,10 +305,3 @@ def _folder(data_dir: epath.PathLike, name: str, version: str, splits: Mapping[s
 
 def _described(source: Sequence[Sample]) -> str:
     return str(getattr(source, "path", None) or f"{type(source).__name__} of {len(source):,} samples")
-
-
-def _read_json(path: epath.Path) -> dict[str, Any] | None:
-    try:
-        return json.loads(path.read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
-        return None

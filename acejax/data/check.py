@@ -13,7 +13,6 @@ from concurrent import futures
 from typing import Any
 
 import numpy as np
-from etils import epath
 
 from acejax.data import buckets, pictures, prepare
 from acejax.data.layout import ASPECT, CanvasConfig, Size, lay, visible
@@ -217,8 +216,3 @@ def _judged(row: Row, seen: dict[str, Seen]) -> tuple[list[tuple[str, str]], lis
 
 def _pixels(size: Size) -> str:
     return f"{size[1]} x {size[0]} pixels"
-
-
-def is_dataset(path: epath.PathLike) -> bool:
-    """Whether a folder is a built TFDS dataset, which is no manifest."""
-    return (epath.Path(path) / "dataset_info.json").exists()

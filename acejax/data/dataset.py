@@ -175,7 +175,7 @@ def _open(folder: str) -> tfds.core.DatasetBuilder:
     try:
         return tfds.builder_from_directory(folder)
     except Exception as error:  # TFDS raises what its JSON, protobuf and files do
-        raise UserError(f"{folder}: no TFDS dataset can be read there ({_first_line(error)})") from error
+        raise UserError(f"{folder}: no TFDS dataset can be read there ({first_line(error)})") from error
 
 
 def _records(folder: str, builder: tfds.core.DatasetBuilder, split: str) -> Sequence[bytes]:
@@ -190,7 +190,7 @@ def _records(folder: str, builder: tfds.core.DatasetBuilder, split: str) -> Sequ
         raise UserError(f"{folder}: is stored as {builder.info.file_format.value}, which has no random access; "
                         "expected array_record: `tfds build --file_format=array_record`") from None
     except (ValueError, AssertionError) as error:
-        raise UserError(f"{folder}: split {split!r}: {_first_line(error)}") from error
+        raise UserError(f"{folder}: split {split!r}: {first_line(error)}") from error
     there = {file.name for file in epath.Path(folder).iterdir()}
     shards = [epath.Path(file).name for name in builder.info.splits for file in builder.info.splits[name].filenames
               if name in names]
@@ -201,5 +201,5 @@ def _records(folder: str, builder: tfds.core.DatasetBuilder, split: str) -> Sequ
     return records
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

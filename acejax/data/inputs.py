@@ -2,75 +2,94 @@
 
 from collections.abc import Mapping, Sequence
 
-import ml_collections
-import numpy as np
 from jax.sharding import Mesh
 
 from acejax.data import buckets
 from acejax.data.cache.build import Report, build
 from acejax.data.cache.features import Features
-from acejax.data.config import DataConfig
+from acejax.data.config import BatchConfig, DataConfig, StageConfig
 from acejax.data.encoders import Encoders
 from acejax.data.sample import Sample
-from acejax.data.schedule import Stage
+from acejax.data.schedule import Stage, fits
 from acejax.data.stream import Stream, Table, batch_sizes
 from acejax.errors import UserError
+from acejax.model.config import MMDiTConfig
 from acejax.parallel import rules
 
 
+def check(data: DataConfig, mesh: Mesh) -> None:
+    """What can be known to go wrong with a run's batches before anything is encoded.
+
+    Raises:
+      UserError: no stages or batches, or batch sizes that the mesh does not divide or that hold no sample.
+    """
+    if not data.stages or data.batches is None:
+        raise UserError(f"config.{'data.batch_tokens' if data.stages else 'stages'} is missing")
+    for _, size in data.batches.batch_sizes:
+        rules.check_batch(mesh, size)
+    if not data.batches.batch_sizes:
+        batch_sizes([data.batches.bucket_multiple], data.batches.batch_tokens, rules.batch_parts(mesh))
+
+
 def make_features(data: DataConfig, sources: Mapping[str, Sequence[Sample]] | None = None,
-                  encoders: Encoders | None = None) -> Features:
+                  encoders: Encoders | None = None, model: MMDiTConfig | None = None) -> Features:
     """The features of all sources; what is not in the cache yet is encoded. As `build_features`."""
-    return Features(data.cache.dir, [report.index for report in build_features(data, sources, encoders)])
+    reports = build_features(data, sources, encoders, model)
+    return Features(data.cache.dir, [report.index for report in reports])
 
 
 def build_features(data: DataConfig, sources: Mapping[str, Sequence[Sample]] | None = None,
-                   encoders: Encoders | None = None, recheck: bool = False) -> list[Report]:
+                   encoders: Encoders | None = None, model: MMDiTConfig | None = None, recheck: bool = False
+                   ) -> list[Report]:
     """Encode what is not in the cache yet of each source.
 
     Args:
       sources, encoders: instead of those that the config names.
+      model: the transformer that is to read them.
       recheck: read sources that have not changed as well.
 
     Raises:
-      UserError: what the sources, the encoders or `acejax.data.cache.build.build` find wrong.
+      UserError: what the sources, the encoders or `acejax.data.cache.build.build` find wrong; a stage or a weight that
+        no sample has, as far as the sources tell it (manifests do); text of another width than the model's.
     """
     if sources is None:
         sources = {name: source.open() for name, source in data.sources.items()}
+    _check_stages(data.stages, sources)
     encoders = data.load_encoders() if encoders is None else encoders
+    if model is not None and encoders.text_shape is not None:
+        for field, width in zip(("context_in_dim", "vec_in_dim"), encoders.text_shape[1:], strict=True):
+            if getattr(model, field) != width:
+                raise UserError(f"config.model.{field} is {getattr(model, field)}; the text encoders give {width}")
     settings = data.settings(encoders)
     return [build(source, settings[name], data.canvas, data.augment, encoders, data.cache, data.max_broken,
                   recheck=recheck) for name, source in sources.items()]
 
 
-def make_stream(config: ml_collections.ConfigDict, table: Table, mesh: Mesh) -> Stream:
-    """The stream of a run over a table's samples.
+def make_stream(stages: Sequence[StageConfig], steps: int, batches: BatchConfig, table: Table, mesh: Mesh, seed: int,
+                max_broken: float = 0.01) -> Stream:
+    """The stream of a run of so many steps over a table's samples.
 
     Raises:
-      UserError: stages or batch sizes that can't be, and as `Stream`.
+      UserError: batch sizes that can't be, and as `Stream`.
     """
-    sizes = _batch_sizes(config, table.tokens, mesh)
-    return Stream(table, _stages(config), sorted(sizes), sizes, config.seed)
+    sizes = dict(batches.batch_sizes)
+    if not sizes:
+        chosen = buckets.choose(table.tokens, batches.bucket_multiple, batches.most_buckets)
+        sizes = batch_sizes(chosen, batches.batch_tokens, rules.batch_parts(mesh))
+    return Stream(table, [Stage(round(stage.share * steps), stage.weights, stage.references) for stage in stages],
+                  sorted(sizes), sizes, seed, max_broken)
 
 
-def _stages(config: ml_collections.ConfigDict) -> list[Stage]:
-    if not np.isclose(total := sum(stage.get("share", 0) for stage in config.stages), 1):
-        raise UserError(f"config.stages: the shares are {total:g} together; expected 1")
-    made = []
-    for number, stage in enumerate(config.stages, 1):
-        if unknown := set(stage) - {"share", "weights", "references"}:
-            raise UserError(f"config.stages: stage {number} has {', '.join(sorted(unknown))}; expected share, weights "
-                            "and references")
-        made.append(Stage(round(stage["share"] * config.steps), stage.get("weights"), stage.get("references")))
-    return made
-
-
-def _batch_sizes(config: ml_collections.ConfigDict, tokens: np.ndarray, mesh: Mesh) -> dict[int, int]:
-    """Samples of a batch by bucket: the config's own pairs, or buckets for these token counts."""
-    data = config.data
-    if not data.batch_sizes:
-        chosen = buckets.choose(tokens, data.bucket_multiple, data.most_buckets)
-        return batch_sizes(chosen, data.batch_tokens, rules.batch_parts(mesh))
-    for _, size in data.batch_sizes:
-        rules.check_batch(mesh, size)
-    return dict(data.batch_sizes)
+def _check_stages(stages: Sequence[StageConfig], sources: Mapping[str, Sequence[Sample]]) -> None:
+    """Each stage and each of its weights must have samples; a source that does not tell what it has may have any."""
+    kinds = {name: getattr(source, "kinds", None) for name, source in sources.items()}
+    if any(found is None for found in kinds.values()):
+        return
+    for number, stage in enumerate(stages):
+        names = sorted({f"{name}/{task}" for name, found in kinds.items() for task, references in found
+                        if stage.references is None or references <= stage.references})
+        for pattern, weight in ({"*": 1} if stage.weights is None else stage.weights).items():
+            if weight and not fits(pattern, names):
+                raise UserError(f"config.stages[{number}]: no samples of {pattern!r}" + (
+                    "" if stage.references is None else f" with at most {stage.references} references")
+                    + f"; there are {', '.join(names) or 'none'}")

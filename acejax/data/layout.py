@@ -25,7 +25,8 @@ class CanvasConfig:
       scale: repainting scale in training, how much of what is to be changed is hidden (1 = all); with references it
         is 1. `scales` comes first: by task.
       reference_height: least and greatest height of a reference as a share of the canvas', drawn in training.
-      editing_height: that share when editing; a reference is not enlarged for it.
+      editing_height: the greatest share when editing: a smaller reference keeps its size, but is at least of
+        `reference_height`'s least share.
       multiple: a unit's sides are multiples of this (a multiple of 16): 64 leaves an encoder few shapes to compile.
       parity: "reference" is the released code, with its quirks; None repairs them.
     """

@@ -27,7 +27,6 @@ from acejax.errors import UserError
 SEPARATOR = "#;#"
 FIELDS = ("edit_image", "edit_mask", "ref_image", "target_image", "prompt", "data_type")  # ACE's order
 IGNORED = "_"  # a field that is there and not read
-NO_TASK = "default"
 LONGEST = 1 << 20  # bytes of a line
 
 _KEYS = {"task": str, "prompt": str, "target": str, "image": str, "mask": str, "references": list, "detail": str}
@@ -202,6 +201,11 @@ class Source(Sequence[Sample]):
     def path(self) -> str:
         return self.manifest.path
 
+    @property
+    def kinds(self) -> set[tuple[str, int]]:
+        """(task, number of references) of its samples."""
+        return {(row.task, len(row.references)) for row in self.manifest.rows}
+
     def __reduce__(self):
         kept = self.manifest
         return _again, (kept.path, kept.fields, kept.prefix, kept.digest, self._skip_faults)
@@ -263,9 +267,9 @@ def _from_text(text: str, fields: tuple[str, ...]) -> tuple[Values, Wrong]:
                          f"between them ({', '.join(fields)}){hint}")]
     named = dict(zip(fields, parts, strict=True))
     references = [part for field, part in zip(fields, parts, strict=True) if field == "ref_image" and part]
-    return {"task": named.get("data_type") or NO_TASK, "prompt": named["prompt"], "target": named["target_image"],
-            "image": named.get("edit_image") or None, "mask": named.get("edit_mask") or None,
-            "references": references}, []
+    return {"task": named.get("data_type") or folder.NO_TASK, "prompt": named["prompt"],
+            "target": named["target_image"], "image": named.get("edit_image") or None,
+            "mask": named.get("edit_mask") or None, "references": references}, []
 
 
 def _from_json(text: str) -> tuple[Values, Wrong]:

@@ -145,6 +145,13 @@ def whole(data: bytes | BinaryIO, name: str) -> tuple[int, int]:
     return shape
 
 
+def check_mask(mask: Size, picture: Size, name: str) -> None:
+    """Raises UserError where a mask is of another size than its picture: stretched, it would hide other things."""
+    if tuple(mask) != tuple(picture):
+        raise UserError(f"mask {name} is {mask[1]} x {mask[0]} pixels (width x height); its picture is {picture[1]} x "
+                        f"{picture[0]}")
+
+
 def _file(data: bytes | BinaryIO) -> BinaryIO:
     return io.BytesIO(data) if isinstance(data, bytes | bytearray | memoryview) else data
 

@@ -34,8 +34,11 @@ def plan(sample: Sample, config: CanvasConfig, augment: AugmentConfig, rng: np.r
     """Draw what is random and lay the canvas out; nothing is decoded.
 
     Raises:
-      UserError: a picture whose header can't be read.
+      UserError: a picture whose header can't be read, or a mask of another size than its image.
     """
+    if sample.image is not None and sample.mask is not None:
+        pictures.check_mask(pictures.size(sample.mask, f"mask of {sample.name}"),
+                            pictures.size(sample.image, f"image of {sample.name}"), f"of {sample.name}")
     target = pictures.size(sample.target, f"target of {sample.name}")
     references = [pictures.size(reference, f"reference {number} of {sample.name}")
                   for number, reference in enumerate(sample.references, 1)]

@@ -167,12 +167,11 @@ def _groups(samples: Samples, stage: Stage, allowed: np.ndarray, number: int) ->
         kind = samples.dataset * len(samples.tasks) + samples.task
         left, groups = set(range(len(names))), []
         for pattern, weight in stage.weights.items():
-            if not weight >= 0:
+            if not 0 <= weight < np.inf:
                 raise UserError(f"stage {number + 1}: the weight of {pattern!r} is {weight!r}; expected 0 or more")
-            fits = [i for i in left if fnmatch.fnmatchcase(names[i] if "/" in pattern else names[i].split("/")[1],
-                                                           pattern)]
-            left -= set(fits)
-            index = np.flatnonzero(np.isin(kind, fits) & allowed)
+            found = left.intersection(fits(pattern, names))
+            left -= found
+            index = np.flatnonzero(np.isin(kind, list(found)) & allowed)
             if weight and not len(index):
                 raise UserError(f"stage {number + 1}: no samples of {pattern!r}; there are "
                                 f"{', '.join(sorted({names[i] for i in np.unique(kind[allowed])})) or 'none'}")
@@ -182,6 +181,12 @@ def _groups(samples: Samples, stage: Stage, allowed: np.ndarray, number: int) ->
         raise UserError(f"stage {number + 1} has no samples" + (
             "" if stage.references is None else f" with at most {stage.references} references"))
     return groups
+
+
+def fits(pattern: str, names: Sequence[str]) -> list[int]:
+    """Which `dataset/task` a weight's name stands for: that itself, or a task of any dataset."""
+    return [i for i, name in enumerate(names) if fnmatch.fnmatchcase(name if "/" in pattern else
+                                                                     name.partition("/")[2], pattern)]
 
 
 def _endless(index: np.ndarray, seed: int) -> grain.MapDataset:

@@ -23,7 +23,7 @@ from array_record.python import array_record_module
 from etils import epath
 
 from acejax.data import pictures, written
-from acejax.data.dataset import serialize
+from acejax.data.dataset import first_line, serialize
 from acejax.data.dataset_folder import BUILDING
 from acejax.data.sample import Sample
 from acejax.errors import UserError
@@ -122,7 +122,7 @@ def write_shard(job: Job, shard: int, progress: Progress) -> None:
             _sync(place)
             note["bytes"] = place.stat().st_size
     except (RuntimeError, OSError) as error:  # array_record's errors are RuntimeErrors
-        raise UserError(f"{final}: cannot be written ({_first_line(error)}); the same command goes on with the files "
+        raise UserError(f"{final}: cannot be written ({first_line(error)}); the same command goes on with the files "
                         "that are missing") from error
     write_json(job.note(shard), note)
 
@@ -130,6 +130,14 @@ def write_shard(job: Job, shard: int, progress: Progress) -> None:
 def write_json(path: epath.Path, content: Any) -> None:
     """Whole or not at all."""
     written.write(path, json.dumps(content, indent=1).encode() + b"\n")
+
+
+def read_json(path: epath.Path) -> dict[str, Any] | None:
+    """None where it is not there, or not whole."""
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
 
 
 def _add(job: Job, index: int, writer: Any, note: Note, progress: Progress) -> None:
@@ -153,16 +161,17 @@ def _read(source: Sequence[Sample], index: int) -> Sample:
     try:
         return source[index]
     except (OSError, RuntimeError) as error:
-        raise UserError(f"sample {index}: cannot be read ({_first_line(error)})") from error
+        raise UserError(f"sample {index}: cannot be read ({first_line(error)})") from error
 
 
 def _checked(sample: Sample) -> int:
     """The bytes of a sample's pictures, each looked at: a broken one would be found in the midst of training."""
     named = {"target": sample.target, "image": sample.image, "mask": sample.mask} | {
         f"reference {number}": data for number, data in enumerate(sample.references, 1)}
-    for field, data in named.items():
-        if data is not None:
-            pictures.whole(data, f"{sample.name} ({field})")
+    sizes = {field: pictures.whole(data, f"{sample.name} ({field})") for field, data in named.items()
+             if data is not None}
+    if "image" in sizes and "mask" in sizes:
+        pictures.check_mask(sizes["mask"], sizes["image"], f"of {sample.name}")
     return sum(len(data) for data in named.values() if data is not None)
 
 
@@ -255,7 +264,3 @@ def _shard(shard: int) -> None:
             raise UserError("stopped")
 
     write_shard(job, shard, progress)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -20,12 +20,12 @@ _TINT = np.array([255, 0, 90])  # where the mask is white
 _PANELS = ("references and source, mask in red", "kept (edit)", "to be changed (modify)", "target")
 
 
-def pick(rows: Iterable[Row], per_task: int = 3) -> list[Row]:
-    """Some samples of each task, spread over its lines."""
+def pick(rows: Iterable[Row]) -> list[Row]:
+    """Up to three samples of each task, spread over its lines; of many tasks fewer, and at most MOST."""
     tasks: dict[str, list[Row]] = {}
     for row in rows:
         tasks.setdefault(row.task, []).append(row)
-    picked = []
+    picked, per_task = [], max(1, min(3, MOST // max(1, len(tasks))))
     for task in sorted(tasks):
         places = np.linspace(0, len(tasks[task]) - 1, min(per_task, len(tasks[task])))
         picked += [tasks[task][int(place)] for place in places]

@@ -169,5 +169,12 @@ _TOKENS = ("edit", "modify", "target", "mask", "positions", "unit")
 
 
 def batch_sizes(buckets: Sequence[int], tokens: int, multiple: int = 1) -> dict[int, int]:
-    """Samples of a batch for each bucket: as many as `tokens` hold, a multiple of the data-parallel devices."""
-    return {bucket: max(1, tokens // bucket // multiple) * multiple for bucket in buckets}
+    """Samples of a batch for each bucket: as many as `tokens` hold, a multiple of the data-parallel devices.
+
+    Raises:
+      UserError: not a sample for each device.
+    """
+    if tokens < (least := max(buckets) * multiple):
+        raise UserError(f"data.batch_tokens is {tokens}; expected at least {least}, a sample of {max(buckets)} tokens "
+                        f"for each of {multiple} data-parallel devices")
+    return {bucket: tokens // bucket // multiple * multiple for bucket in buckets}

@@ -22,7 +22,7 @@ from acejax.data.augment import AugmentConfig
 from acejax.data.build import build
 from acejax.data.cache.build import CacheConfig
 from acejax.data.canvas import normalize
-from acejax.data.config import DataConfig, SourceConfig
+from acejax.data.config import DataConfig, SourceConfig, read_batches, read_stages
 from acejax.data.encoders import Encoders
 from acejax.data.layout import CanvasConfig
 from acejax.data.sample import Sample
@@ -53,6 +53,7 @@ def check(config: ml_collections.ConfigDict) -> Mesh:
       UserError: as `acejax.train.loop.check`, or data, stages, evaluation or text sizes that can't be.
     """
     mesh, *_ = loop.check(config)
+    stages = read_stages(config, ("demo",))
     if config.data.source != "demo":
         raise UserError(f"config.data.source is {config.data.source!r}; so far there is 'demo', the built-in pictures")
     if [tokens for tokens, _ in config.data.batch_sizes] != [16, 32, 48] or config.data.samples < 1:
@@ -60,7 +61,7 @@ def check(config: ml_collections.ConfigDict) -> Mesh:
                         "expected pairs (tokens, samples) for 16, 32 and 48 tokens, and at least one sample a task")
     if min(config.evaluate.samples, config.evaluate.held) < 2 or config.evaluate.steps < 1:
         raise UserError(f"config.evaluate is {dict(config.evaluate)}; expected at least 2 samples, 2 held and 1 step")
-    unknown = {task for stage in config.stages for task in stage["weights"]} - set(TASKS)
+    unknown = {task for stage in stages for task in stage.weights or ()} - set(TASKS)
     if unknown:
         raise UserError(f"config.stages: unknown task {', '.join(sorted(unknown))}; known: {', '.join(TASKS)}")
     if (config.model.context_in_dim, config.model.vec_in_dim) != (TEXT_WIDTH, TEXT_WIDTH):
@@ -91,7 +92,9 @@ def prepare(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> tuple
     data = DataConfig({"demo": SourceConfig(str(folder))}, canvas, AugmentConfig(),
                       None, CacheConfig(str(epath.Path(workdir) / "cache"), "float32", batch=64), config.seed)
     features = inputs.make_features(data, {"demo": rows}, encoders)
-    return folder, autoencoder, inputs.make_stream(config, features, mesh)
+    batches = read_batches(config.data, ("source", "samples", "canvas"))
+    return folder, autoencoder, inputs.make_stream(read_stages(config, ("demo",)), config.steps, batches, features,
+                                                   mesh, config.seed)
 
 
 def run(config: ml_collections.ConfigDict, workdir: epath.PathLike, setup_seconds: float = 0.0) -> dict[str, Any]:

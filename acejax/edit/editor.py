@@ -10,12 +10,14 @@ import numpy as np
 
 from acejax import flow, lcu
 from acejax.data import latents
-from acejax.data.canvas import Canvas, denormalize, editing
+from acejax.data.canvas import Canvas, denormalize, editing, restore
 from acejax.data.encoders import EncodePrompts
 from acejax.data.latents import EncodePictures
 from acejax.data.layout import CanvasConfig
 from acejax.model.config import Execution, MMDiTConfig
 from acejax.model.mmdit import Tokens, apply
+
+CANVAS = CanvasConfig(editing_height=1.0)
 
 
 class Editor:
@@ -29,12 +31,14 @@ class Editor:
       steps: Euler steps.
       guidance: guidance scale, where the model has guidance.
       execution: how the transformer is computed.
+      canvas: how large it works and how high references are.
     """
 
     def __init__(self, config: MMDiTConfig, params: Any, encode_pictures: EncodePictures,
                  decode_latents: Callable[[jax.Array], jax.Array], encode_prompts: EncodePrompts, *, steps: int = 16,
-                 guidance: float = 1.0, execution: Execution = Execution()):
-        self._params = params
+                 guidance: float = 1.0, execution: Execution = Execution(),
+                 canvas: CanvasConfig = CANVAS):
+        self._params, self._canvas = params, canvas
         self._encode_pictures, self._encode_prompts = encode_pictures, encode_prompts
         self._decode = decode_latents
         self._sample = jax.jit(functools.partial(_sample, config, execution, steps, guidance))
@@ -53,15 +57,26 @@ class Editor:
     def __call__(self, prompt: str, image: np.ndarray | None = None, mask: np.ndarray | None = None,
                  references: Sequence[np.ndarray] = (), *, size: tuple[int, int] | None = None, scale: float = 1.0,
                  seed: int = 0) -> np.ndarray:
-        """One edit at the model's own size; outside the mask the picture is the input's.
+        """One edit; outside the mask the picture is the input's.
 
         Args:
-          image, mask, references, scale: as `acejax.data.canvas.editing`; sides of the image are multiples of 16.
+          image, mask, references, scale: as `acejax.data.canvas.editing`. A picture larger than the canvas may be, or
+            with sides that are no multiples of 16, is made smaller and its result larger again.
           size: height and width of the result where there is no image.
+
+        Returns:
+          [h, w, 3] uint8 of the image's size; beyond 4:1 only its middle is edited. Without an image of `size`, beyond
+          4:1 of its middle.
         """
-        canvas = editing(CanvasConfig(editing_height=1.0), image, mask, references, size, scale)
+        canvas = editing(self._canvas, image, mask, references, size, scale)
         (result,) = self.generate([canvas], [prompt], seed)
-        return result if image is None or mask is None else np.where(mask[..., None] > 127, result, image)
+        result, (top, left, height, width) = restore(result, size if image is None else image.shape[:2])
+        if image is None:
+            return result
+        middle = np.s_[top:top + height, left:left + width]
+        edited = image.copy()
+        edited[middle] = result if mask is None else np.where(mask[middle][..., None] > 127, result, image[middle])
+        return edited
 
 
 def _sample(config: MMDiTConfig, execution: Execution, steps: int, guidance: float, params: Any,

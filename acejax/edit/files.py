@@ -28,9 +28,7 @@ def read_mask(path: epath.PathLike, size: tuple[int, int]) -> np.ndarray:
       UserError: unreadable, of another size (height, width) than its picture, or without a white pixel.
     """
     mask = np.where(pictures.decode_mask(pictures.read(path), str(path)) > 127, 255, 0).astype(np.uint8)
-    if mask.shape != tuple(size):
-        raise UserError(f"mask {path} is {mask.shape[1]} x {mask.shape[0]} pixels (width x height); its picture is "
-                        f"{size[1]} x {size[0]}")
+    pictures.check_mask(mask.shape, size, str(path))
     if not mask.any():
         raise UserError(f"mask {path} has no white pixel: nothing to generate")
     return mask

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from acejax.checkpoint import Checkpoints, claim
+from acejax.data.layout import CanvasConfig
 from acejax.data.stream import Stream
 from acejax.errors import UserError
 from acejax.model.config import Execution, MMDiTConfig
@@ -24,15 +25,25 @@ from acejax.train.metrics import Writer, summarize
 from acejax.train.optimizer import make_optimizer
 from acejax.train.step import StepConfig, TrainState, init_state, train_step
 
-FREE = ("execution", "mesh", "reading", "log_every", "checkpoint_every", "keep_checkpoints")  # how, not what
+FREE = ("execution", "mesh", "reading", "log_every", "checkpoint_every", "keep_checkpoints",  # how, not what
+        "cache.dir", "cache.batch",  # what encoders give is told by the features' digest, whatever their names
+        "encoders.autoencoder", "encoders.t5", "encoders.clip", "encoders.tokenizers")
+FIELDS = {"": ("seed", "steps", "stages", "model", "data", "loss", "optimizer", "mesh", "execution", "reading",
+               "log_every", "checkpoint_every", "keep_checkpoints"),  # by part: what must be there
+          "loss": ("mask_weight", "sigma_shift", "sigma_spread"), "execution": ("dtype", "attention", "remat"),
+          "optimizer": ("learning_rate", "warmup", "b1", "b2", "weight_decay", "clip")}
 
 
 def check(config: ml_collections.ConfigDict) -> tuple[Mesh, MMDiTConfig, Execution]:
     """What can be wrong with a run before it starts; nothing is written.
 
     Raises:
-      UserError: a model, mesh, batch size or execution that can't be.
+      UserError: a part that is missing, a model, mesh, batch size or execution that can't be.
     """
+    for part, fields in FIELDS.items():
+        for field in fields:
+            if field not in (config[part] if part else config):
+                raise UserError(f"config.{f'{part}.' if part else ''}{field} is missing")
     if jax.process_count() > 1:
         raise UserError("training over several processes is not there yet; one process drives all devices of a host")
     if config.steps < 1 or config.seed < 0:
@@ -40,7 +51,7 @@ def check(config: ml_collections.ConfigDict) -> tuple[Mesh, MMDiTConfig, Executi
     if not 0 <= config.optimizer.warmup < 1:
         raise UserError(f"config.optimizer.warmup is {config.optimizer.warmup}; expected a share below 1 of the steps")
     mesh = meshes.make_mesh(config.mesh)
-    for _, size in config.data.batch_sizes:
+    for _, size in config.data.get("batch_sizes", ()):
         rules.check_batch(mesh, size)
     try:
         model = MMDiTConfig(**config.model)
@@ -51,9 +62,10 @@ def check(config: ml_collections.ConfigDict) -> tuple[Mesh, MMDiTConfig, Executi
         execution = Execution(jnp.dtype(how.dtype), how.attention, how.remat, rules.constrain(mesh))
     except (TypeError, ValueError) as error:
         raise UserError(f"config.execution: {error}") from error
-    if model.in_channels != (made := 448 if config.data.canvas.split else 384):
-        raise UserError(f"config.model.in_channels is {model.in_channels}; with config.data.canvas.split="
-                        f"{config.data.canvas.split} the data makes {made}")
+    split = config.data.get("canvas", {}).get("split", CanvasConfig.split)
+    if model.in_channels != (made := 448 if split else 384):
+        raise UserError(f"config.model.in_channels is {model.in_channels}; with config.data.canvas.split={split} the "
+                        f"data makes {made}")
     return mesh, model, execution
 
 

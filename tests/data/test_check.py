@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from acejax.cli.main import main
-from acejax.data import check, manifest, pictures, sheet
+from acejax.data import check, manifest, pictures, progress, sheet
 from acejax.data.layout import CanvasConfig
 from tests.counts import count
 from tests.data import odd_pictures as odd
@@ -214,10 +214,27 @@ def test_the_sheet_shows_what_the_model_gets(album, tmp_path, options):
 
 
 def test_the_sheet_takes_some_of_each_task():
-    rows = [manifest.Row(line, f"task{line % 10}", "p", "t") for line in range(1, 1001)]
-    picked = sheet.pick(rows)
-    assert len(picked) == sheet.MOST and collections.Counter(row.task for row in picked).most_common(1)[0][1] == 3
+    for tasks, each in ((4, 3), (8, 3), (10, 2), (24, 1)):
+        rows = [manifest.Row(line, f"task{line % tasks}", "p", "t") for line in range(1, 1001)]
+        assert collections.Counter(row.task for row in sheet.pick(rows)) == {f"task{i}": each for i in range(tasks)}
     assert [row.line for row in sheet.pick(rows[:5])] == [1, 2, 3, 4, 5]
+    many = [manifest.Row(line, f"task{line}", "p", "t") for line in range(100)]
+    assert len(sheet.pick(many)) == sheet.MOST
+
+
+@pytest.mark.parametrize("made", ["dataset_info.json", ".building", "pets/1.0.0/dataset_info.json"])
+def test_a_dataset_is_no_manifest(made, tmp_path, capsys):
+    (tmp_path / made).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / made).touch()
+    assert main(["data", "check", str(tmp_path)]) == 2
+    assert "found a TFDS dataset; expected a manifest" in capsys.readouterr().err
+
+
+def test_a_long_check_tells_how_far_it_is(album, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(progress, "EVERY", 0.0)
+    path = written(tmp_path / "a.jsonl", *(album.line() for _ in range(3)))
+    assert main(["data", "check", str(path), f"--prefix={album.folder}"]) == 0
+    assert "checking: 1 of " in capsys.readouterr().out
 
 
 def test_from_a_bucket(album, bucket, capsys):

@@ -87,6 +87,14 @@ def test_processes_have_the_same_shapes_and_their_own_rows():
             np.testing.assert_array_equal(values, np.concatenate([batch.arrays[name] for batch in batches]))
 
 
+def test_processes_that_read_ahead_in_workers_have_the_rows_of_one():
+    whole, *parts = [make(Table(400), STAGES, process=process) for process in ((0, 1), (0, 2), (1, 2))]
+    read = [list(part.batches(55, 65, workers=1)) for part in parts]
+    for step, batches in zip(range(55, 65), zip(*read, strict=True), strict=True):
+        for name, values in whole[step].arrays.items():
+            np.testing.assert_array_equal(values, np.concatenate([batch.arrays[name] for batch in batches]))
+
+
 def test_within_a_bucket_no_sample_is_seen_twice_before_all_are_seen():
     table = Table(1000)
     stream = make(table)
@@ -156,12 +164,15 @@ def test_an_epoch_of_all_sizes_is_padded_little():
 
 def test_batch_sizes_hold_the_tokens_and_fit_the_devices():
     assert batch_sizes((256, 512, 4096), 4096) == {256: 16, 512: 8, 4096: 1}
-    assert batch_sizes((256, 4096), 16384, multiple=8) == {256: 64, 4096: 8}
+    assert batch_sizes((256, 4096), 32768, multiple=8) == {256: 128, 4096: 8}
+    with pytest.raises(UserError, match="batch_tokens is 32768; expected at least 262144, a sample of 4096 tokens for"):
+        batch_sizes([4096], 32768, 64)
 
 
 @pytest.mark.parametrize("stages, message", [
     ([Stage(1, {"a": 1, "d": 1})], r"stage 1: no samples of 'd'; there are x/a, x/b, x/c, y/a"),
     ([Stage(1), Stage(1, {"a": -1})], "stage 2: the weight of 'a' is -1; expected 0 or more"),
+    ([Stage(1, {"a": float("inf")})], "stage 1: the weight of 'a' is inf; expected 0 or more"),
     ([Stage(1, {"z/*": 1})], "no samples of 'z/\\*'"),
     ([Stage(1, {})], "stage 1 has no samples"),
     ([Stage(1, None, -1)], "stage 1 has no samples with at most -1 references"),

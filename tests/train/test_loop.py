@@ -83,7 +83,11 @@ def test_mistakes_leave_nothing_behind(tmp_path):
     bad_model.model.num_heads = 3
     bad_execution = make_config()
     bad_execution.execution.attention = "flash"
-    for config, message in ((bad_mesh, "mesh"), (bad_model, "num_heads 3"), (bad_execution, "'flash'; known: auto")):
+    no_reading, no_warmup = make_config(), make_config()
+    del no_reading.reading, no_warmup.optimizer.warmup
+    for config, message in ((bad_mesh, "mesh"), (bad_model, "num_heads 3"), (bad_execution, "'flash'; known: auto"),
+                            (no_reading, "config.reading is missing"),
+                            (no_warmup, r"config\.optimizer\.warmup is missing")):
         with pytest.raises(UserError, match=message):
             train(config, tmp_path / "run", make_stream())
     assert not (tmp_path / "run").exists()

@@ -1,0 +1,66 @@
+"""`acejax train` on one's own pictures, up to the loop: what it checks, says and binds the workdir to."""
+
+import json
+import types
+
+import pytest
+
+from acejax.cli.main import main
+from acejax.data import inputs
+from acejax.train import loop
+from tests.train.small import Table
+
+LINE = ["train", "--config=ace_plus.py", "--config.model.depth=1", "--config.mesh.fsdp=1", "--cpu_devices=1"]
+
+
+@pytest.fixture
+def train(tmp_path, monkeypatch):
+    """The command over features with a digest; the streams that the loop was given."""
+    streams = []
+    monkeypatch.setattr(loop, "train", lambda config, workdir, stream: streams.append(stream) or (None, {}))
+
+    def run(*flags: str, digest: str | None = "one") -> int:
+        table = Table(4)
+        if digest is not None:
+            table.digest = digest
+        monkeypatch.setattr(inputs, "make_features", lambda data, model: table)
+        return main([*LINE, f"--workdir={tmp_path / 'run'}", *flags])
+
+    return types.SimpleNamespace(run=run, streams=streams, workdir=tmp_path / "run")
+
+
+def test_a_resume_on_other_data_is_refused(train, capsys):
+    assert train.run() == 0 and train.run() == 0
+    assert "training from random weights" in capsys.readouterr().out
+    assert train.run(digest="two") == 2
+    assert "the data has changed since this run began (the digest of its features was one" in capsys.readouterr().err
+    assert json.loads((train.workdir / "data.json").read_text()) == {"digest": "one"} and len(train.streams) == 2
+    assert train.run(digest=None) == 0, "features that do not tell"
+
+
+def test_where_things_lie_may_change_between_runs(train, capsys):
+    assert train.run() == 0
+    free = ["cache.dir=elsewhere", "cache.batch=3", *(f"encoders.{name}=x" for name in ("autoencoder", "t5", "clip",
+                                                                                        "tokenizers"))]
+    assert train.run(*(f"--config.{one}" for one in free)) == 0
+    for flag in ("cache.variants=2", "encoders.text_length=64", "data.canvas.max_tokens=1024"):
+        assert train.run(f"--config.{flag}") == 2
+        assert f"holds a run with config.{flag.split('=')[0]} = " in capsys.readouterr().err
+
+
+def test_the_share_of_broken_samples_is_the_configs(train):
+    assert train.run("--config.data.max_broken=0.25") == 0
+    assert train.streams[0]._max_broken == 0.25 and train.streams[0].batch_sizes == {256: 128}
+
+
+@pytest.mark.parametrize("flag, message", [
+    ("data.bucket_multiple=0", "config.data.bucket_multiple is 0"),
+    ("data.batch_tokens=100", "data.batch_tokens is 100; expected at least 256"),
+    ("data.batch_sizes=((256,0),)", "config.data.batch_sizes is ((256, 0),)"),
+    ("seed=-1", "config.seed is -1; expected 0 or more"),
+])
+def test_mistakes_are_known_before_anything_is_written(train, flag, message, capsys):
+    assert train.run(f"--config.{flag}") == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not train.streams and not train.workdir.exists()

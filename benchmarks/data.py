@@ -81,7 +81,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--folder", type=pathlib.Path, help="keeps the pictures for the next run")
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write the figures there")
     args = parser.parse_args(argv)
-    if min(args.files, args.samples, args.rounds, args.tokens) < 1 or args.workers < 0 or args.seconds <= 0 or args.soak < 0:
+    counts = args.files, args.samples, args.rounds, args.tokens
+    if min(counts) < 1 or args.workers < 0 or args.seconds <= 0 or args.soak < 0:
         raise UserError("bench data: expected at least one file, sample and round, and no negative number")
     if not 0 < args.megapixels[0] <= args.megapixels[1]:
         raise UserError(f"--megapixels {args.megapixels[0]:g} {args.megapixels[1]:g}; expected least and most")
@@ -221,8 +222,8 @@ def timed(samples: Iterator, count: int) -> tuple[float, float]:
     for _ in range(count):
         next(samples)
     taken = (time.perf_counter() - wall) / count, (time.process_time() - cpu) / count
-    if hasattr(samples, "close"):
-        samples.close()
+    for _ in samples:  # workers end by themselves
+        pass
     return taken
 
 

@@ -7,7 +7,7 @@ cache counts as the pictures that it was made from.
   bare        Pillow alone: a JPEG at the least scale that suffices (draft), resized to its place on the canvas
   stream      acejax.data.online.Pictures through acejax.data.stream.Stream: canvases as bytes
   floats      the same, and from the bytes what the autoencoder sees
-  cache       features from acejax.data.features.Features through the stream
+  cache       features from acejax.data.cache.features.Features through the stream
   torch       a DataLoader that makes the same canvases in float32 with antialiased bicubic resizing
   torch bytes the same in uint8, where torch resizes with vector instructions
   released    a DataLoader with the released code's recipe: nearest-exact, whole canvas, modify apart
@@ -43,7 +43,7 @@ from acejax.data.online import Pictures
 from acejax.data.schedule import Stage
 from acejax.data.stream import Stream, Table
 from acejax.errors import UserError
-from benchmarks import data_files
+from benchmarks import data_cache, data_files
 
 WARM, AHEAD = 8, 4  # samples before the clock starts; samples made ahead
 EARLY = 2000  # samples after which memory is looked at for the first time
@@ -141,12 +141,8 @@ def make_columns(work: Work, source: Sequence, config: CanvasConfig, stream: Str
         "bare": lambda: bare(work, workers), "stream": lambda: read(stream, length),
         "floats": lambda: ([contents(one) for one in batch.arrays["canvas"]] for batch in read(stream, length))}
     missing = {}
-    if importlib.util.find_spec("acejax.data.features"):
-        from benchmarks import data_cache
-        cached = stream_of(data_cache.build(source, work.order, config, folder))
-        columns["cache"] = lambda: read(cached, 10 * length)
-    else:
-        missing["cache"] = "there is no acejax.data.features"
+    cached = stream_of(data_cache.build(source, work.order, config, folder))
+    columns["cache"] = lambda: read(cached, 10 * length)
     if importlib.util.find_spec("torch"):
         from benchmarks import data_torch as peers
         columns |= {

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 import ml_dtypes
 import numpy as np
 
-from acejax.data import cache
 from acejax.data.augment import AugmentConfig
-from acejax.data.cache import CacheConfig
+from acejax.data.cache import build as cache
+from acejax.data.cache.build import CacheConfig
+from acejax.data.cache.features import Features
 from acejax.data.encoders import Encoders
-from acejax.data.features import Features
 from acejax.data.layout import CanvasConfig
 from acejax.data.sample import Sample
 

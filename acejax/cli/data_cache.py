@@ -11,7 +11,7 @@ def main(argv: Sequence[str]) -> int:
     """Encode what is not there yet; the same command again goes on where it was stopped, and tells what is there.
 
     Raises:
-      UserError: as `acejax.data.config.DataConfig`, the sources, the encoders and `acejax.data.cache.build`.
+      UserError: as `acejax.data.config.DataConfig`, the sources, the encoders and `acejax.data.cache.build.build`.
     """
     parsed = parse_config("data cache", argv, _define)
     if parsed is None:

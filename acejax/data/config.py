@@ -7,11 +7,10 @@ from typing import Any, TypeVar, Union, get_origin
 
 from etils import epath
 
-from acejax.data import cache
 from acejax.data.augment import AugmentConfig
-from acejax.data.cache import CacheConfig
+from acejax.data.cache.build import CacheConfig, settings
+from acejax.data.cache.features import Settings
 from acejax.data.encoders import Encoders, EncodersConfig
-from acejax.data.features import Settings
 from acejax.data.layout import CanvasConfig
 from acejax.data.sample import Sample
 from acejax.data.sources import open_source
@@ -78,7 +77,7 @@ class DataConfig:
 
     def settings(self, encoders: Encoders) -> dict[str, Settings]:
         """Of each source, by name: what its features are found by."""
-        return {name: cache.settings(name, dataclasses.asdict(source), self.canvas, self.augment, encoders, self.cache,
+        return {name: settings(name, dataclasses.asdict(source), self.canvas, self.augment, encoders, self.cache,
                                      self.seed) for name, source in self.sources.items()}
 
 

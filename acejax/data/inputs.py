@@ -6,10 +6,11 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from acejax.data import buckets, cache
+from acejax.data import buckets
+from acejax.data.cache.build import build
+from acejax.data.cache.features import Features
 from acejax.data.config import DataConfig
 from acejax.data.encoders import Encoders
-from acejax.data.features import Features
 from acejax.data.sample import Sample
 from acejax.data.schedule import Stage
 from acejax.data.stream import Stream, Table, batch_sizes
@@ -25,14 +26,14 @@ def make_features(data: DataConfig, sources: Mapping[str, Sequence[Sample]] | No
       sources, encoders: instead of those that the config names.
 
     Raises:
-      UserError: what the sources, the encoders or `acejax.data.cache.build` find wrong.
+      UserError: what the sources, the encoders or `acejax.data.cache.build.build` find wrong.
     """
     if sources is None:
         sources = {name: source.open() for name, source in data.sources.items()}
     encoders = data.load_encoders() if encoders is None else encoders
     settings = data.settings(encoders)
     for name, source in sources.items():
-        cache.build(source, settings[name], data.canvas, data.augment, encoders, data.cache, data.max_broken)
+        build(source, settings[name], data.canvas, data.augment, encoders, data.cache, data.max_broken)
     return Features.open(data.cache.dir, list(settings.values()))
 
 

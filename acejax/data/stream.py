@@ -29,7 +29,7 @@ class Broken(UserError):
 
 
 class Table(Protocol):
-    """Samples at random access: `acejax.data.features.Features`, `acejax.data.online.Pictures`.
+    """Samples at random access: `acejax.data.cache.features.Features`, `acejax.data.online.Pictures`.
 
     Attributes:
       tokens, references, task, dataset: [N] arrays; `tasks` and `datasets` name what the last two count.

@@ -20,7 +20,7 @@ from acejax.checkpoint import claim
 from acejax.data import dataset, inputs, pictures
 from acejax.data.augment import AugmentConfig
 from acejax.data.build import build
-from acejax.data.cache import CacheConfig
+from acejax.data.cache.build import CacheConfig
 from acejax.data.canvas import normalize
 from acejax.data.config import DataConfig, SourceConfig
 from acejax.data.encoders import Encoders

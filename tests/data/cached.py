@@ -14,11 +14,12 @@ import numpy as np
 import xxhash
 from PIL import Image
 
-from acejax.data import cache, chunks
 from acejax.data.augment import AugmentConfig
-from acejax.data.cache import CacheConfig
+from acejax.data.cache import build as cache
+from acejax.data.cache import chunks
+from acejax.data.cache.build import CacheConfig
+from acejax.data.cache.features import Features
 from acejax.data.encoders import Encoders
-from acejax.data.features import Features
 from acejax.data.layout import CanvasConfig
 from acejax.data.sample import Sample
 

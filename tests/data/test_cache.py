@@ -13,19 +13,21 @@ import numpy as np
 import pytest
 
 from acejax import UserError, lcu
-from acejax.data import cache, latents, pictures, prepare, store, tiles
+from acejax.data import latents, pictures, prepare
 from acejax.data.augment import AugmentConfig
-from acejax.data.features import Features, positions
+from acejax.data.cache import build as cache
+from acejax.data.cache import store, tiles
+from acejax.data.cache.features import Features, positions
+from acejax.data.cache.survey import Recipe
+from acejax.data.cache.team import Team
 from acejax.data.layout import CanvasConfig
-from acejax.data.survey import Recipe
-from acejax.data.team import Team
 from tests.counts import count
 from tests.data.cached import AUGMENT, CANVAS, Counting, build, files, png, samples, shards_of
 
 
 @pytest.fixture(autouse=True)
 def several_shards(monkeypatch):
-    from acejax.data import chunks
+    from acejax.data.cache import chunks
     for name in ("SHARD", "PROMPTS"):
         monkeypatch.setattr(chunks, name, getattr(chunks, name))
     shards_of(20_000)

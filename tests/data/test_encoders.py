@@ -16,10 +16,13 @@ from ml_collections import ConfigDict
 from acejax import UserError, load_autoencoder, load_clip, load_t5
 from acejax.cli.main import main
 from acejax.data import encoders as encoders_file
-from acejax.data import latents, prepare, tiles
+from acejax.data import latents, prepare
+from acejax.data.cache import tiles
+from acejax.data.cache.features import Features
+from acejax.data.cache.survey import Recipe
 from acejax.data.config import DataConfig
 from acejax.data.encoders import Encoders, EncodersConfig
-from acejax.data.survey import Recipe
+from acejax.data.inputs import make_features
 from acejax.data.text import Tokenizers
 from acejax.lcu import patchify
 from acejax.model import autoencoder, clip, t5
@@ -194,7 +197,7 @@ def test_the_command_makes_features_that_a_run_finds(run, config, capsys, monkey
     monkeypatch.setattr(encoders_file.load, "load", None)  # the second time no model is read
     assert command() == 0 and "all there, nothing encoded" in capsys.readouterr().out
     assert files(file.parent / "cache") == before
-    features = given.features()
+    features = make_features(given)
     assert len(features) == 6 and features.datasets == ("list",)
     monkeypatch.undo()
     encoders = given.load_encoders()
@@ -212,6 +215,7 @@ def test_the_command_makes_features_that_a_run_finds(run, config, capsys, monkey
         lines = capsys.readouterr().out.splitlines()
         return [int(line.split()[5]) for line in lines if " to encode" in line]
 
+    capsys.readouterr()
     masks = 2
     needed = [int(line.split()[1]) for line in said.splitlines() if " to encode" in line]
     assert needed[0] > 15 and needed[1] == 7
@@ -257,6 +261,7 @@ def test_mistakes_end_in_one_line(run, capsys):
         assert command(*flags) == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1 and message in error
+    given = DataConfig.of(config_of(file))
     with pytest.raises(UserError, match="no features of 'list'; make them with `acejax data cache`"):
-        DataConfig.of(config_of(file)).features()
+        Features.open(file.parent / "cache", list(given.settings(given.load_encoders()).values()))
     assert not (file.parent / "cache" / "shards").exists()

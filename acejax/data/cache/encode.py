@@ -3,20 +3,21 @@
 import collections
 import concurrent.futures
 import itertools
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
 from acejax import lcu
-from acejax.data import tiles
-from acejax.data.chunks import GREY, Job
+from acejax.data.cache import tiles
+from acejax.data.cache.chunks import GREY, Job
+from acejax.data.cache.store import Store
+from acejax.data.cache.survey import Recipe, ahead
 from acejax.data.encoders import EncodePrompts
 from acejax.data.latents import EncodePictures
 from acejax.data.progress import Progress
 from acejax.data.sample import Sample
-from acejax.data.store import Store
-from acejax.data.survey import Recipe, ahead
 from acejax.errors import UserError
 
 IN_FLIGHT = 2  # batches that the device may still be at
@@ -87,13 +88,13 @@ class Batches:
             self._finish(*self._sent.popleft())
 
 
-def encode_tiles(chunks: Sequence[Sequence[Job]], source: Sequence[Sample], rows: np.ndarray, recipe: Recipe,
+def encode_tiles(jobs: Iterable[tuple[int, Job]], source: Sequence[Sample], rows: np.ndarray, recipe: Recipe,
                  encode: EncodePictures, batch: int, dtype: np.dtype, store: Store, threads: int, progress: Progress,
                  broken: Callable[[Job, UserError], None]) -> int:
     """Make and write the tiles of jobs; returns the bytes written.
 
     Args:
-      chunks: jobs of each shard.
+      jobs: with the number of the shard that they go to; those of a shard follow each other.
       source: the samples; `rows` [M] tells which of them a job's sample is.
       recipe: of the tiles.
       encode: pictures to latents.
@@ -115,17 +116,16 @@ def encode_tiles(chunks: Sequence[Sequence[Job]], source: Sequence[Sample], rows
 
     batches = Batches(lambda pictures: encode(np.stack(pictures)), batch, keep)
 
-    def make(job: Job) -> dict[str, np.ndarray] | UserError:
+    def make(item: tuple[int, Job]) -> tuple[int, Job, dict[str, np.ndarray] | UserError]:
         try:
-            return _pixels(job, source, rows, recipe)
+            return *item, _pixels(item[1], source, rows, recipe)
         except UserError as error:
-            return error
+            return *item, error
 
-    jobs = list(itertools.chain.from_iterable(chunks))
     with Shards(store) as shards, concurrent.futures.ThreadPoolExecutor(threads) as pool:
         made = ahead(pool, make, jobs, threads + max(1, batch // 2))
-        for chunk in chunks:
-            for job, found in zip(chunk, made, strict=False):
+        for _, of_shard in itertools.groupby(made, key=operator.itemgetter(0)):
+            for _, job, found in of_shard:
                 if isinstance(found, UserError):
                     broken(job, found)
                     progress.update(len(job.tiles))

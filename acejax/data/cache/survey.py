@@ -14,13 +14,14 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import xxhash
 
-from acejax.data import prepare, tiles
+from acejax.data import prepare
 from acejax.data.augment import AugmentConfig
+from acejax.data.cache import tiles
+from acejax.data.cache.store import KEY
 from acejax.data.layout import CanvasConfig
 from acejax.data.prepare import Plan
 from acejax.data.progress import Progress
 from acejax.data.sample import Sample
-from acejax.data.store import KEY
 from acejax.errors import UserError
 
 EDIT, MODIFY, TARGET, MASK, REFERENCES = range(5)  # a visit's tiles; then reference and grey in turn

@@ -14,16 +14,16 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from acejax.data import chunks, encode, store, survey, tiles
 from acejax.data.augment import AugmentConfig
+from acejax.data.cache import chunks, encode, store, survey, tiles
+from acejax.data.cache.features import index_path, write_index
+from acejax.data.cache.store import Store
+from acejax.data.cache.survey import Recipe, Survey
+from acejax.data.cache.team import Team
 from acejax.data.encoders import DTYPES, Encoders
-from acejax.data.features import index_path, write_index
 from acejax.data.layout import CanvasConfig
 from acejax.data.progress import Progress
 from acejax.data.sample import Sample
-from acejax.data.store import Store
-from acejax.data.survey import Recipe, Survey
-from acejax.data.team import Team
 from acejax.errors import UserError
 
 FORMAT = 1
@@ -183,10 +183,9 @@ class _Build:
                 found.setdefault(int(sample), str(error))
             self._check(found)
 
-        mine = work.chunks[team.index::team.count]
-        count = sum(len(job.tiles) for chunk in mine for job in chunk)
+        jobs, count = work.share(team.index, team.count)
         with Progress(count, f"{self._name}: pictures", "tiles") as progress:
-            nbytes = encode.encode_tiles(mine, self._source, self._survey.row, self._recipe, self._encoders.pictures,
+            nbytes = encode.encode_tiles(jobs, self._source, self._survey.row, self._recipe, self._encoders.pictures,
                                          self._cache.batch, self._dtype, self._store, self._threads, progress, broken)
         for _, told in team.gather(self._folder, f"{self._name}.broken", {}, {"found": sorted(found.items())}):
             self._broken |= {sample: self._broken.get(sample, error) for sample, error in told["found"]}
@@ -247,15 +246,19 @@ class _Build:
                  f"{len(looked.tasks)} tasks" + (f", {len(looked.skipped):,} skipped" if looked.skipped else "")]
         lines += [f"  {name:<8}{needed:>11,} needed {needed - absent:>11,} there {absent:>11,} to encode"
                   for name, needed, absent in (("tiles", work.needed, work.missing), ("prompts", prompts, missing))]
-        lines += [f"  {size / 1e9:,.2f} GB to be written{'' if each or not missing else ', and the prompts'}"]
+        lines += [f"  {_bytes(size)} to be written{'' if each or not missing else ', and the prompts'}"]
         print("\n".join(lines), flush=True)
 
     def _say(self, report: Report, seconds: float) -> None:
         said = ["all there, nothing encoded"]
         if report.tiles_encoded or report.prompts_encoded:
-            said = [f"{report.nbytes / 1e9:,.2f} GB written in {seconds:,.1f} s "
+            said = [f"{_bytes(report.nbytes)} written in {seconds:,.1f} s "
                     f"({report.tiles_encoded / max(seconds, 1e-9):,.1f} tiles/s)"]
         if report.skipped:
             said.append(f"{len(report.skipped):,} samples skipped, the first: {report.skipped[0][1]}")
-        said.append(f"{report.folder_nbytes / 1e9:,.2f} GB in {self._folder}")
+        said.append(f"{_bytes(report.folder_nbytes)} in {self._folder}")
         print(f"{self._name}: {'; '.join(said)}", flush=True)
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"

@@ -1,14 +1,16 @@
 """What has to be encoded, cut into chunks of one shard each: the same chunks whatever is there already."""
 
-from collections.abc import Sequence
+import dataclasses
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from acejax.data import survey, tiles
+from acejax.data.cache import survey, tiles
+from acejax.data.cache.store import NONE, Table
+from acejax.data.cache.survey import MASK, REFERENCES, Entries, Survey
 from acejax.data.layout import TOKEN
-from acejax.data.store import NONE, Table
-from acejax.data.survey import MASK, REFERENCES, Survey
 
 SHARD = 2**28  # bytes
 PROMPTS = 64  # of a shard, where the size of their features is not known before
@@ -28,13 +30,45 @@ class Job(NamedTuple):
     tiles: tuple[tuple[str, bytes], ...]
 
 
-class Work(NamedTuple):
-    """Chunks of jobs for the tiles that are missing; `needed` and `missing` count tiles, `nbytes` is what they take."""
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """The tiles that are missing.
 
-    chunks: list[list[Job]]
+    Attributes:
+      place: of the tiles, sorted by chunk and job; with `unit`, `job` (a number that tiles of one job share), `chunk`
+        and `keys` (pairs of uint64).
+      needed: tiles that are needed, those that are there included.
+      nbytes: that the missing ones take.
+    """
+
+    place: Entries
+    unit: np.ndarray
+    job: np.ndarray
+    chunk: np.ndarray
+    keys: np.ndarray
     needed: int
-    missing: int
     nbytes: int
+
+    @property
+    def missing(self) -> int:
+        return len(self.keys)
+
+    def share(self, index: int, count: int) -> tuple[Iterator[tuple[int, Job]], int]:
+        """Jobs of every `count`-th chunk with its number, and how many tiles they have."""
+        begins = np.flatnonzero(np.diff(self.chunk, prepend=-1))
+        ends = np.append(begins[1:], len(self.chunk))
+        mine = list(zip(begins, ends, strict=True))[index::count]
+        jobs = ((int(self.chunk[begin]), job) for begin, end in mine for job in self._jobs(begin, end))
+        return jobs, int(sum(end - begin for begin, end in mine))
+
+    def _jobs(self, begin: int, end: int) -> Iterator[Job]:
+        for _, group in itertools.groupby(range(begin, end), key=self.job.__getitem__):
+            tiles = list(group)
+            sample, visit, _, height, width = (int(values[tiles[0]]) for values in self.place)
+            slots = [int(self.place.slot[i]) for i in tiles]
+            yield Job(sample, visit, int(self.unit[tiles[0]]), height, width, tuple(
+                (FIELDS[slot] if slot < REFERENCES else "reference", self.keys[i].tobytes())
+                for i, slot in zip(tiles, slots, strict=True)))
 
 
 def of_tiles(looked: Survey, good: np.ndarray, table: Table, itemsize: int) -> Work:
@@ -63,22 +97,10 @@ def of_tiles(looked: Survey, good: np.ndarray, table: Table, itemsize: int) -> W
     chunk = before[begins][np.cumsum(begins) - 1] // SHARD
     missing = table.find(keys[order]) < 0
 
-    chunks: dict[int, list[Job]] = {}
+    left = order[missing]
     raw = keys.view("<u8").reshape(-1, 2)  # 16 bytes of numpy lose zeros at their end
-    last = -1
-    number = np.cumsum(begins)
-    for i in np.flatnonzero(missing):
-        e = order[i]
-        slot = int(place.slot[e])
-        tile = (FIELDS[slot] if slot < REFERENCES else "reference", raw[e].tobytes())
-        jobs = chunks.setdefault(int(chunk[i]), [])
-        if number[i] == last:
-            jobs[-1] = jobs[-1]._replace(tiles=(*jobs[-1].tiles, tile))
-        else:
-            jobs.append(Job(int(place.sample[e]), int(place.visit[e]), int(unit[e]), int(place.height[e]),
-                            int(place.width[e]), (tile,)))
-        last = number[i]
-    return Work(list(chunks.values()), len(keys), int(missing.sum()), int(nbytes[order][missing].sum()))
+    return Work(Entries(*(values[left] for values in place)), unit[left], np.cumsum(begins)[missing], chunk[missing],
+                raw[left], len(keys), int(nbytes[left].sum()))
 
 
 def of_prompts(keys: Sequence[bytes], table: Table, nbytes: int | None) -> tuple[list[list[int]], int]:

@@ -14,10 +14,10 @@ import numpy as np
 import xxhash
 from etils import epath
 
-from acejax.data import store, tiles
+from acejax.data.cache import store, tiles
+from acejax.data.cache.store import Reader
+from acejax.data.cache.survey import EDIT, MASK, MODIFY, REFERENCES, TARGET, Survey
 from acejax.data.layout import TOKEN
-from acejax.data.store import Reader
-from acejax.data.survey import EDIT, MASK, MODIFY, REFERENCES, TARGET, Survey
 from acejax.errors import UserError
 
 Settings = Mapping[str, Any]
@@ -93,7 +93,7 @@ class Features:
 
     @classmethod
     def open(cls, folder: epath.PathLike, settings: Sequence[Settings]) -> "Features":
-        """The features of datasets with these settings (`acejax.data.cache.settings`).
+        """The features of datasets with these settings (`acejax.data.cache.build.settings`).
 
         Raises:
           UserError: no such features; it says what those that are there differ in.

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from acejax.data import store
+from acejax.data.cache import store
 
 Told = tuple[Mapping[str, np.ndarray], Mapping[str, Any]]
 

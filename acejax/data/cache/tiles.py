@@ -15,10 +15,10 @@ from PIL import Image
 from acejax import lcu
 from acejax.data import canvas, prepare
 from acejax.data.augment import FULL, OWN
+from acejax.data.cache.store import NONE
 from acejax.data.layout import TOKEN, CanvasConfig, Layout
 from acejax.data.prepare import Plan
 from acejax.data.sample import Sample
-from acejax.data.store import NONE
 from acejax.errors import UserError
 
 RECIPE = 1  # changes when the canvas' code gives other pixels

@@ -73,6 +73,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--files", type=int, default=500, help="distinct pictures")
     parser.add_argument("--samples", type=int, default=2000, help="lines of the manifest")
     parser.add_argument("--megapixels", type=float, nargs=2, default=(1.0, 2.0), metavar=("LEAST", "MOST"))
+    parser.add_argument("--tokens", type=int, default=4096, help="the canvas' budget; a token is 16 x 16 pixels")
     parser.add_argument("--seconds", type=float, default=8, help="of a round of one column, about")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=0, help="processes that read; 0: this one does")
@@ -80,7 +81,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--folder", type=pathlib.Path, help="keeps the pictures for the next run")
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write the figures there")
     args = parser.parse_args(argv)
-    if min(args.files, args.samples, args.rounds) < 1 or args.workers < 0 or args.seconds <= 0 or args.soak < 0:
+    counts = args.files, args.samples, args.rounds, args.tokens
+    if min(counts) < 1 or args.workers < 0 or args.seconds <= 0 or args.soak < 0:
         raise UserError("bench data: expected at least one file, sample and round, and no negative number")
     if not 0 < args.megapixels[0] <= args.megapixels[1]:
         raise UserError(f"--megapixels {args.megapixels[0]:g} {args.megapixels[1]:g}; expected least and most")
@@ -90,13 +92,14 @@ def main(argv: list[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="acejax-data-") as scratch:
         folder = pathlib.Path(scratch)
         path = data_files.generate(args.folder or folder, args.files, args.samples, tuple(args.megapixels))
-        read = manifest.read(path)
+        read, config = manifest.read(path), CanvasConfig(max_tokens=args.tokens)
         figures = {"date": datetime.date.today().isoformat(), "machine": machine(), "files": args.files,
-                   "samples": args.samples, "megapixels": list(args.megapixels), "workers": args.workers,
-                   "jpeg_kilobytes": kilobytes(read), **measure(read, folder, args.seconds, args.rounds, args.workers)}
+                   "samples": args.samples, "tokens": args.tokens, "megapixels": list(args.megapixels),
+                   "workers": args.workers, "jpeg_kilobytes": kilobytes(read)}
+        figures |= measure(read, config, folder, args.seconds, args.rounds, args.workers)
         show(figures)
         if args.soak:
-            figures["memory"] = soak(read, args.soak)
+            figures["memory"] = soak(read, config, args.soak)
             print("memory: {early_megabytes:.0f} MB after {early:,} samples, {end_megabytes:.0f} MB after {samples:,}, "
                   "{most_megabytes:.0f} MB at most in between".format(**figures["memory"]))
     if args.json:
@@ -104,14 +107,14 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def measure(read: Manifest, folder: pathlib.Path, seconds: float, rounds: int, workers: int) -> dict[str, Any]:
+def measure(read: Manifest, config: CanvasConfig, folder: pathlib.Path, seconds: float, rounds: int, workers: int
+            ) -> dict[str, Any]:
     """Pictures and samples a second of every column that can be measured here, and their ratios."""
     source = manifest.Source(read)
-    table = Pictures(source, CanvasConfig())
-    stream = stream_of(table)
-    count = calibrated(read, stream, seconds * max(1, workers))
-    work = make_work(read, stream, WARM + count + AHEAD * max(1, workers))
-    columns, missing = make_columns(work, source, stream, folder, workers)
+    stream = stream_of(Pictures(source, config))
+    count = calibrated(read, config, stream, seconds * max(1, workers))
+    work = make_work(read, config, stream, WARM + count + AHEAD * max(1, workers))
+    columns, missing = make_columns(work, source, config, stream, folder, workers)
     pictures = float(work.pictures[WARM:WARM + count].mean())
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in columns}
     turns = [(name, column) for _ in range(rounds) for name, column in columns.items()]
@@ -126,8 +129,8 @@ def measure(read: Manifest, folder: pathlib.Path, seconds: float, rounds: int, w
             "load": os.getloadavg(), "columns": figures, "ratios": ratios, "left_out": missing}
 
 
-def make_columns(work: Work, source: Sequence, stream: Stream, folder: pathlib.Path, workers: int
-                 ) -> tuple[dict[str, Column], dict[str, str]]:
+def make_columns(work: Work, source: Sequence, config: CanvasConfig, stream: Stream, folder: pathlib.Path,
+                 workers: int) -> tuple[dict[str, Column], dict[str, str]]:
     """What can be measured, and why the rest cannot."""
     length = len(work.rows)
 
@@ -138,14 +141,14 @@ def make_columns(work: Work, source: Sequence, stream: Stream, folder: pathlib.P
         "bare": lambda: bare(work, workers), "stream": lambda: read(stream, length),
         "floats": lambda: ([contents(one) for one in batch.arrays["canvas"]] for batch in read(stream, length))}
     missing = {}
-    cached = stream_of(data_cache.build(source, work.order, folder))
+    cached = stream_of(data_cache.build(source, work.order, config, folder))
     columns["cache"] = lambda: read(cached, 10 * length)
     if importlib.util.find_spec("torch"):
         from benchmarks import data_torch as peers
         columns |= {
             "torch": lambda: peers.samples(peers.Antialiased(work.rows, work.layouts), workers),
             "torch bytes": lambda: peers.samples(peers.AntialiasedBytes(work.rows, work.layouts), workers),
-            "released": lambda: peers.samples(peers.Released(work.rows), workers)}
+            "released": lambda: peers.samples(peers.Released(work.rows, config.max_tokens), workers)}
     else:
         missing |= dict.fromkeys(("torch", "torch bytes", "released"), "PyTorch is not installed")
     return columns, missing
@@ -157,9 +160,9 @@ def stream_of(table: Table) -> Stream:
     return Stream(table, [Stage(1)], chosen, dict.fromkeys(chosen, 1), seed=0, process=(0, 1))
 
 
-def make_work(read: Manifest, stream: Stream, length: int) -> Work:
+def make_work(read: Manifest, config: CanvasConfig, stream: Stream, length: int) -> Work:
     """The first `length` samples of the stream, with the layouts that `Pictures` draws."""
-    source, config = manifest.Source(read), CanvasConfig()
+    source = manifest.Source(read)
     order = [stream.schedule.sample(stream.schedule[step], 0) for step in range(length)]
     layouts = [prepare.plan(source[i], config, AugmentConfig(), np.random.default_rng((0, i))).layout for i in order]
     rows = [read.rows[i] for i in order]
@@ -200,9 +203,9 @@ def _bare_pair(pair: tuple[Row, Layout]) -> None:
     bare_sample(*pair)
 
 
-def calibrated(read: Manifest, stream: Stream, seconds: float) -> int:
+def calibrated(read: Manifest, config: CanvasConfig, stream: Stream, seconds: float) -> int:
     """How many samples Pillow makes in that time, at least 2."""
-    wall, _ = timed(bare(make_work(read, stream, 2 * WARM), 0), WARM)
+    wall, _ = timed(bare(make_work(read, config, stream, 2 * WARM), 0), WARM)
     return max(2, round(seconds / wall))
 
 
@@ -215,8 +218,8 @@ def timed(samples: Iterator, count: int) -> tuple[float, float]:
     for _ in range(count):
         next(samples)
     taken = (time.perf_counter() - wall) / count, (time.process_time() - cpu) / count
-    if hasattr(samples, "close"):
-        samples.close()
+    for _ in samples:  # workers end by themselves
+        pass
     return taken
 
 
@@ -239,9 +242,9 @@ def ratio(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, float
     return figures
 
 
-def soak(read: Manifest, samples: int) -> dict[str, Any]:
+def soak(read: Manifest, config: CanvasConfig, samples: int) -> dict[str, Any]:
     """Resident memory of this process while it draws samples, in two threads."""
-    table = Pictures(manifest.Source(read), CanvasConfig())
+    table = Pictures(manifest.Source(read), config)
     seen = []
     for number, _ in enumerate(stream_of(table).batches(0, samples, threads=2, ahead=AHEAD), 1):
         if number % max(1, samples // 100) == 0:

@@ -30,13 +30,13 @@ class Chosen(Sequence):
         return self._source[self._order[index]]
 
 
-def build(source: Sequence[Sample], order: Sequence[int], folder: pathlib.Path) -> Features:
+def build(source: Sequence[Sample], order: Sequence[int], canvas: CanvasConfig, folder: pathlib.Path) -> Features:
     """The features of these samples, kept in the folder."""
     encoders = Encoders(pictures, prompts, "shapes alone", lambda prompt: prompt.encode().ljust(16)[:16], TEXT)
     config = CacheConfig(dir=str(folder / "cache"))
-    settings = cache.settings("bench", {"order": list(order)}, CanvasConfig(), AugmentConfig(), encoders, config, 0)
-    return Features(config.dir, [cache.build(Chosen(source, order), settings, CanvasConfig(), AugmentConfig(),
-                                             encoders, config).index])
+    settings = cache.settings("bench", {"order": list(order)}, canvas, AugmentConfig(), encoders, config, 0)
+    return Features(config.dir, [cache.build(Chosen(source, order), settings, canvas, AugmentConfig(), encoders,
+                                             config).index])
 
 
 def pictures(batch: np.ndarray) -> np.ndarray:

@@ -16,7 +16,7 @@ from PIL import Image
 from acejax.data.layout import Layout, visible
 from acejax.data.manifest import Row
 
-MAX_TOKENS, SCALE = 4096, 0.5
+SCALE = 0.5
 
 
 def samples(dataset: torch.utils.data.Dataset, workers: int) -> Iterator:
@@ -80,8 +80,8 @@ class AntialiasedBytes(Antialiased):
 class Released(torch.utils.data.Dataset):
     """src, modify, target [3, h, W] and masks [1, h, W]: random reference height, repainting scale, modify apart."""
 
-    def __init__(self, rows: Sequence[Row]):
-        self._rows = rows
+    def __init__(self, rows: Sequence[Row], max_tokens: int):
+        self._rows, self._max_tokens = rows, max_tokens
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -111,10 +111,9 @@ class Released(torch.utils.data.Dataset):
     def _picture(path: str) -> torch.Tensor:
         return pixels(path).contiguous().float().div(255).sub(0.5).div(0.5)  # torchvision's ToTensor and Normalize
 
-    @staticmethod
-    def _limited(canvas: torch.Tensor) -> torch.Tensor:
+    def _limited(self, canvas: torch.Tensor) -> torch.Tensor:
         height, width = canvas.shape[1:]
-        k = min(1, math.sqrt(MAX_TOKENS / ((height / 16) * (width / 16))))
+        k = min(1, math.sqrt(self._max_tokens / ((height / 16) * (width / 16))))
         return nearest(canvas, (int(height * k) // 16 * 16, int(width * k) // 16 * 16))
 
 

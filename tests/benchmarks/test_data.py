@@ -23,7 +23,7 @@ def work(tmp_path_factory):
     read = manifest.read(data_files.generate(tmp_path_factory.mktemp("pictures"), 8, 12, (0.02, 0.04)))
     assert len(read.rows) == 12 and not read.faults
     stream = data.stream_of(Pictures(manifest.Source(read), CanvasConfig()))
-    return data.make_work(read, stream, 12), stream
+    return data.make_work(read, CanvasConfig(), stream, 12), stream
 
 
 def test_a_run(tmp_path, capsys):
@@ -68,7 +68,7 @@ def test_torch_makes_the_same_canvases(work):
         assert np.mean(made["mask"].numpy()[0] * 255 != canvas.mask) < 0.01  # along edges
         assert {name: part.shape for name, part in whole[step].items()} == {
             name: part.shape for name, part in made.items()}
-    released = data_torch.Released(work[0].rows)[0]
+    released = data_torch.Released(work[0].rows, 4096)[0]
     assert released["src"].shape == released["modify"].shape == released["target"].shape
 
 

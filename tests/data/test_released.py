@@ -35,7 +35,8 @@ class Case:
 
 
 def training_case(rng: np.random.Generator, real: bool) -> Case:
-    """A sample that the released code can take: no side under a token, each reference at least a pixel wide."""
+    """A sample that the released code can take: no side under a token, the target's own neither, each reference at
+    least a pixel wide."""
     bounds, budgets = REAL if real else SMALL
     while True:
         target = sizes(rng, *bounds)
@@ -44,7 +45,10 @@ def training_case(rng: np.random.Generator, real: bool) -> Case:
         heights = [int(rng.integers(int(target[0] / 3), target[0] + 1)) for _ in references]
         widths = [int(w * (tall / h)) for (h, w), tall in zip(references, heights, strict=True)]
         budget = int(rng.choice(budgets))
-        if min(statement.budget(target[0], sum(widths) + target[1], budget)) and all(widths):
+        whole = target[0], sum(widths) + target[1], budget
+        seam = int(sum(widths) * statement.ratio(*whole)) // 16 * 16
+        height, width = statement.budget(*whole)
+        if height and seam < width and all(widths):
             break
     image = picture(rng, size) if rng.random() < 0.75 else None
     return Case(picture(rng, target), image, mask(rng, target if image is None else size, rng.choice(MASKS)),

@@ -40,7 +40,7 @@ def get_config(part: str = "stage2") -> ConfigDict:
             "max_broken": 0.01,  # share of broken samples that stops the run
             "bucket_multiple": 256,  # tokens
             "most_buckets": 14,  # each is a shape to compile
-            "batch_tokens": 8 * 4096,  # of all devices together
+            "batch_tokens": 8 * 8192,  # of all devices together; each must hold the longest sample
             "batch_sizes": (),  # pairs (tokens, samples) instead of the three above
         },
         "reading": {"threads": 4, "workers": 0, "ahead": 4},  # threads, or processes; batches made ahead

@@ -34,8 +34,7 @@ def main(argv: Sequence[str]) -> int:
         print("training from random weights: those of FLUX or ACE++ are not read yet", flush=True)
         claim(workdir, config.to_dict(), loop.FREE)
         features = inputs.make_features(data, model=model)
-        if (digest := getattr(features, "digest", None)) is not None:
-            claim_data(workdir, digest)
+        claim_data(workdir, features.digest)
         stream = inputs.make_stream(data.stages, config.steps, data.batches, features, mesh, data.seed, data.max_broken)
     _, seconds = loop.train(config, workdir, stream)
     print(f"trained to step {config.steps}: {', '.join(f'{name} {value:.0f} s' for name, value in seconds.items())}")

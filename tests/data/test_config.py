@@ -34,7 +34,7 @@ def changed(place: str, value) -> ConfigDict:
 def test_the_config_that_comes_with_acejax():
     data = DataConfig.of(get_config("both"))
     assert [(stage.share, stage.references) for stage in data.stages] == [(0.5, 0), (0.5, None)]
-    assert data.batches.batch_tokens == 32_768 and data.max_broken == 0.01
+    assert data.batches.batch_tokens == 65_536 and data.max_broken == 0.01
     inputs.check(data, make_mesh({"data": -1}))
 
 

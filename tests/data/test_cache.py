@@ -309,7 +309,7 @@ def test_a_slow_process_leaves_no_work_to_nobody(tmp_path, monkeypatch):
     def late(self, *names):
         first.append(threading.current_thread())
         if first[0] != first[-1]:
-            time.sleep(0.3)
+            time.sleep(0.1)
         return table(self, *names)
 
     monkeypatch.setattr(store.Store, "table", late)
@@ -516,8 +516,8 @@ def test_counts_are_told_before_the_work(tmp_path, capsys):
 
 
 def test_the_time_is_told_when_it_is_known(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(progress, "MEASURED", 0.05)
-    build(tmp_path, samples(48), Counting(slow=0.03))
+    monkeypatch.setattr(progress, "MEASURED", 0.02)
+    build(tmp_path, samples(24), Counting(slow=0.03))
     said = capsys.readouterr().out.splitlines()
     told = [line for line in said if "about" in line]
     assert len(told) == 2 and re.fullmatch(r"list: pictures: about 1 minute for \d+ more tiles", told[0])

@@ -3,11 +3,13 @@
 `python -m tests.data.cached FOLDER KILLS SEED`: builds that are killed at random moments, then one to the end.
 """
 
+import concurrent.futures
 import io
 import os
 import random
 import signal
 import sys
+import threading
 import time
 
 import numpy as np
@@ -19,6 +21,7 @@ from acejax.data.cache import build as cache
 from acejax.data.cache import chunks, store
 from acejax.data.cache.build import CacheConfig
 from acejax.data.cache.features import Features
+from acejax.data.cache.team import Team
 from acejax.data.encoders import Encoders
 from acejax.data.layout import CanvasConfig
 from acejax.data.sample import Sample
@@ -89,6 +92,18 @@ def build(folder, source, counting: Counting | None = None, canvas: CanvasConfig
     settings = cache.settings("list", {"path": "list.jsonl"}, canvas, augment, encoders, config, seed)
     report = cache.build(source, settings, canvas, augment, encoders, config, **({"threads": 2} | more))
     return report, Features(folder, [report.index])
+
+
+def rng():
+    return np.random.default_rng(0)
+
+
+def two(folder, source, **more):
+    """Two threads stand for two processes, of which the second is late whenever it looks at the store."""
+    barrier = threading.Barrier(2, timeout=60)
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        return list(pool.map(lambda i: build(folder, source, team=Team(i, 2, lambda name: barrier.wait()), **more),
+                             range(2)))
 
 
 def files(folder) -> dict[str, bytes]:

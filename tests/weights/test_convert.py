@@ -221,10 +221,11 @@ def test_a_header_that_changes_is_noticed(written, tmp_path, monkeypatch):
     def lying(place, *rest, **more):
         files = honest(place, *rest, **more)
         query, key = (b"transformer_blocks.0.attn.norm_" + name for name in (b"q.weight", b"k.weight"))
-        whole = place.read_bytes()
-        end = 8 + int.from_bytes(whole[:8], "little")
-        header = whole[:end].replace(query, b"?").replace(key, query).replace(b"?", key)
-        place.write_bytes(header + whole[end:])
+        with place.open("r+b") as file:  # in place: what is still being read back is mapped
+            start = file.read(8)
+            header = file.read(int.from_bytes(start, "little"))
+            file.seek(8)
+            file.write(header.replace(query, b"?").replace(key, query).replace(b"?", key))
         return files
 
     monkeypatch.setattr(save, "write", lying)

@@ -13,3 +13,9 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 # Tests compile many programs and run each a few times: LLVM need not try hard. A test may set its own.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+
+LONGEST = ("train/test_loop.py", "demo/test_job.py")  # first, so that no process is left alone with them at the end
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: not item.path.as_posix().endswith(LONGEST))

@@ -117,7 +117,8 @@ except UserError as error:
     print(error)
 train(config, pathlib.Path(sys.argv[1]) / "run", make_stream())
 """
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "PYTHONPATH": str(ROOT)}
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
+    env = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "batch size 12 is not a multiple of data x fsdp = 8 of the mesh" in done.stdout

@@ -29,7 +29,7 @@ demo: $(VENV)/.python $(VENV)/.demo
 	$(BIN)/acejax demo $(DEMO_FLAGS) --setup_seconds=$$(awk '{ sum += $$1 } END { print sum }' $^)
 
 test: lint
-	ACEJAX_TEST_COUNTS=$(COUNTS) $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile $(PYTEST_FLAGS)
+	ACEJAX_TEST_COUNTS=$(COUNTS) $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder $(PYTEST_FLAGS)
 
 soak:
 	benchmarks/soak.sh

@@ -79,6 +79,19 @@ def load_weights(path: epath.PathLike) -> tuple[Any, Any]:
     return config, restored[wrap] if wrap else restored
 
 
+def agree(workdir: epath.PathLike, config: dict[str, Any], free: tuple[str, ...] = ()) -> None:
+    """As `claim`, writing nothing: for a run that may still fail before it starts."""
+    path = epath.Path(workdir) / "config.json"
+    if not path.exists():
+        return
+    found, wanted = (_flatten(one) for one in (json.loads(path.read_text()), json.loads(json.dumps(config))))
+    for field in sorted(found.keys() | wanted.keys()):
+        if found.get(field) != wanted.get(field) and not f"{field}.".startswith(tuple(f"{name}." for name in free)):
+            raise UserError(
+                f"workdir {workdir} holds a run with config.{field} = {found.get(field)!r}, this one has "
+                f"{wanted.get(field)!r}; give another --workdir, or the config it was started with")
+
+
 def claim(workdir: epath.PathLike, config: dict[str, Any], free: tuple[str, ...] = ()) -> None:
     """Bind a workdir to a config: the first run writes `config.json`, a later one must agree with it.
 
@@ -87,16 +100,8 @@ def claim(workdir: epath.PathLike, config: dict[str, Any], free: tuple[str, ...]
     Raises:
       UserError: the workdir holds a run of another config, naming the first field that differs, or can't be written.
     """
-    path = epath.Path(workdir) / "config.json"
-    config = json.loads(json.dumps(config))
-    if path.exists():
-        found, wanted = (_flatten(one) for one in (json.loads(path.read_text()), config))
-        for field in sorted(found.keys() | wanted.keys()):
-            if found.get(field) != wanted.get(field) and not f"{field}.".startswith(tuple(f"{name}." for name in free)):
-                raise UserError(
-                    f"workdir {workdir} holds a run with config.{field} = {found.get(field)!r}, this one has "
-                    f"{wanted.get(field)!r}; give another --workdir, or the config it was started with")
-    _write(path, config)
+    agree(workdir, config, free)
+    _write(epath.Path(workdir) / "config.json", config)
 
 
 def claim_data(workdir: epath.PathLike, digest: str) -> None:

@@ -11,7 +11,7 @@ from ml_collections import config_flags
 from acejax.errors import UserError
 
 CPU_DEVICES = 2
-QUOTES = "\"'"
+QUOTES = "[\"']"
 Define = Callable[[flags.FlagValues], None]
 
 
@@ -36,7 +36,7 @@ def parse_flags(command: str, argv: Sequence[str], define: Define) -> flags.Flag
         rest = values([command, *argv])[1:]
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError, SyntaxError) as error:
         unknown = isinstance(error, (KeyError, AttributeError))
-        text = f"no such config field: {str(error.args[0]).strip(QUOTES)}" if unknown else str(error).strip()
+        text = "no such config field: " + re.sub(QUOTES, "", str(error.args[0])) if unknown else str(error).strip()
         lines = (text or type(error).__name__).splitlines()
         why = f" {lines[-1]}" if lines[0].endswith("parsing config file:") else ""  # the last line of a traceback
         raise UserError(f"{command}: {lines[0]}{why}") from error

@@ -56,7 +56,7 @@ def told(report: dict) -> str:
     lines = [f"{report['folder']}, split {report['split']}: {report['records']:,} samples in {report['files']} files, "
              f"{_size(report['bytes'])} of which the pictures are {_size(report['pictures'])}"]
     if report["wrote_samples"]:
-        lines.append(f"wrote {report['wrote_samples']:,} samples in {report['seconds']:,.1f} s, "
+        lines.append(f"read {report['wrote_samples']:,} samples in {report['seconds']:,.1f} s, "
                      f"{report['wrote_samples'] / max(report['seconds'], 1e-9):,.0f} a second")
     else:
         lines.append("was there already; nothing to do")
@@ -65,9 +65,9 @@ def told(report: dict) -> str:
         lines.append(f"left out {report['faulty_lines'] + len(report['skipped']):,} samples:")
         lines += [f"  {message}" for message in why[:SHOWN]]
         lines += [f"  and {len(why) - SHOWN:,} more (--json=FILE has all)"] if len(why) > SHOWN else []
-    return "\n".join([*lines, "use it, in a config or in Python, as:",
-                      f"  config.data.sources = {{'pairs': {{'path': {report['folder']!r}, "
-                      f"'split': {report['split']!r}}}}}",
+    return "\n".join([*lines, "use it, with configs/ace_plus.py or in Python, as:",
+                      f"  --config.data.sources.mine.path={report['folder']} "
+                      f"--config.data.sources.mine.split={report['split']}",
                       f"  acejax.data.sources.open_source({report['folder']!r}, {report['split']!r})",
                       f"  tfds.builder_from_directory({report['folder']!r}).as_data_source({report['split']!r})"])
 

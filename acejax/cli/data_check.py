@@ -50,11 +50,11 @@ def main(argv: list[str]) -> int:
     steps = {}
     if args.batch_size or args.batch_tokens:
         steps["steps_per_epoch"] = report.steps(args.batch_size, args.batch_tokens)
-    print(table(report, config, **steps))
     if args.json:
         written.write(args.json, (json.dumps(report.to_json(**steps), indent=2) + "\n").encode())
     if args.sheet:
         written.write(args.sheet, sheet.sheet(found, sheet.pick(report.rows), config, args.seed))
+    print(table(report, config, **steps))
     if report.faults:
         lines = len({fault.line for fault in report.faults})
         raise UserError(f"{found.path}: {_many(len(report.faults), 'fault')} in {lines} of "

@@ -45,6 +45,9 @@ def main(argv: list[str] | None = None) -> int:
         goes_on = "; the same command goes on from its last checkpoint" if argv[0] in ("demo", "train") else ""
         print(f"\nacejax: stopped{goes_on}", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # `acejax ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except UserError as error:
         print(f"acejax: {error}", file=sys.stderr)
         return 2

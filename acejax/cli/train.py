@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from acejax.checkpoint import claim, claim_data
+from acejax.checkpoint import agree, claim, claim_data
 from acejax.cli.config import CPU_DEVICES, parse_config
 from acejax.errors import UserError
 
@@ -32,8 +32,9 @@ def main(argv: Sequence[str]) -> int:
         mesh, model, _ = loop.check(config)
         inputs.check(data, mesh)
         print("training from random weights: those of FLUX or ACE++ are not read yet", flush=True)
-        claim(workdir, config.to_dict(), loop.FREE)
+        agree(workdir, config.to_dict(), loop.FREE)
         features = inputs.make_features(data, model=model)
+        claim(workdir, config.to_dict(), loop.FREE)  # what failed before this leaves nothing behind
         claim_data(workdir, features.digest)
         stream = inputs.make_stream(data.stages, config.steps, data.batches, features, mesh, data.seed, data.max_broken)
     _, seconds = loop.train(config, workdir, stream)

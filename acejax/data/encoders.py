@@ -102,6 +102,12 @@ class Encoders:
         Raises:
           UserError: weights or tokenizers that can't be read.
         """
+        absent = [f"{field}={getattr(config, field)}" for field in ("autoencoder", "t5", "clip", "tokenizers")
+                  if not epath.Path(getattr(config, field)).exists()]
+        if absent:
+            raise UserError(f"config.encoders: {', '.join(absent)}: no such file or folder; expected the parts of "
+                            "FLUX.1 on this machine: its hub folder has vae, text_encoder_2 (T5), text_encoder (CLIP), "
+                            "tokenizer and tokenizer_2, and asks for its licence to be accepted")
         picture_model = open_model(config.autoencoder, AutoencoderConfig)
         t5_model, clip_model = open_model(config.t5, T5Config), open_model(config.clip, CLIPConfig)
         seen = _Hashes(notes)

@@ -35,6 +35,7 @@ class Table:
     def _row(rng: np.random.Generator, task: int, references: int) -> dict[str, np.ndarray]:
         tokens, columns = 4 * (1 + references), 2 * (1 + references)
         latents = {name: rng.standard_normal((tokens, 64)).astype(np.float32) for name in ("edit", "modify", "target")}
+        latents["target"] += 4  # there is something to learn in a few steps
         grid = np.indices((1, 2, columns)).reshape(3, -1).T.astype(np.int32)
         unit = np.tile(np.repeat([*range(references), -1], 2).astype(np.int8), 2)
         return latents | {"mask": 255 * rng.integers(0, 2, (tokens, 256)).astype(np.uint8), "positions": grid,

@@ -2,6 +2,8 @@
 
 from ml_collections import ConfigDict
 
+from acejax.demo.pictures import REPAINTING
+
 ZERO_REF = {"text": 0.5, "insert": 1.3, "recolor": 1.0, "instruct": 1.5}
 
 
@@ -19,7 +21,7 @@ def get_config() -> ConfigDict:
         "data": {
             "source": "demo",  # the built-in pictures
             "samples": 1200,  # training samples of each task
-            "canvas": {"split": True, "scale": 1.0, "scales": {"recolor": 0.0, "instruct": 0.0},
+            "canvas": {"split": True, "scale": 1.0, "scales": REPAINTING,
                        "reference_height": (1.0, 1.0), "editing_height": 1.0},
             "batch_sizes": ((16, 16), (32, 8), (48, 8)),  # samples of a batch by number of tokens: 0, 1, 2 references
         },

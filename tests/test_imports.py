@@ -20,7 +20,7 @@ ROWS = (
     {"adapt"},
     {"parallel"},
     {"weights"},
-    {"checkpoint"},
+    {"checkpoint", "workdir"},
     {"data"},
     {"edit"},
     {"train"},

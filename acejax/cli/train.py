@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from acejax.checkpoint import agree, claim, claim_data
 from acejax.cli.config import CPU_DEVICES, parse_config
 from acejax.errors import UserError
+from acejax.workdir import agree, claim, claim_data
 
 
 def main(argv: Sequence[str]) -> int:

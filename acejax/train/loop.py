@@ -14,7 +14,7 @@ from etils import epath
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from acejax.checkpoint import Checkpoints, claim
+from acejax.checkpoint import Checkpoints
 from acejax.data.layout import CanvasConfig
 from acejax.data.stream import Stream
 from acejax.errors import UserError
@@ -24,6 +24,7 @@ from acejax.parallel import rules
 from acejax.train.metrics import Writer, summarize
 from acejax.train.optimizer import make_optimizer
 from acejax.train.step import StepConfig, TrainState, init_state, train_step
+from acejax.workdir import claim
 
 FREE = ("execution", "mesh", "reading", "log_every", "checkpoint_every", "keep_checkpoints",  # how, not what
         "cache.dir", "cache.batch",  # what encoders give is told by the features' digest, whatever their names
@@ -94,13 +95,13 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike, stream: St
     abstract = jax.eval_shape(functools.partial(init_state, setting, optimizer))
     placement = rules.shardings(abstract, mesh)
     checkpoints = Checkpoints(workdir, config.keep_checkpoints)
-    if (start := checkpoints.latest()) is None:
-        state, start = jax.jit(init_state, static_argnums=(0, 1), out_shardings=placement)(setting, optimizer), 0
-    else:
-        like = jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-                            abstract, placement)
-        state = checkpoints.restore(start, like)
+    like = jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+                        abstract, placement)
+    if restored := checkpoints.restore(like):
+        start, state = restored
         print(f"resuming {workdir} at step {start}")
+    else:
+        state, start = jax.jit(init_state, static_argnums=(0, 1), out_shardings=placement)(setting, optimizer), 0
 
     put = functools.partial(_put, rules.batch_sharding(mesh))
     stop = config.steps if until is None else min(until, config.steps)

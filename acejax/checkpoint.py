@@ -265,9 +265,9 @@ def _first_line(error: BaseException) -> str:
 
 @functools.cache
 def _hush() -> None:
-    """TensorStore tells of each read that comes after the first failed one, about a closed event loop."""
-    usual = sys.unraisablehook
-    sys.unraisablehook = lambda told: None if "vent loop is closed" in str(told.exc_value) else usual(told)
+    """TensorStore tells at length of each read that fails after the first one, whose exception has told of them all."""
+    usual, known = sys.unraisablehook, ("TensorStore", "vent loop is closed")
+    sys.unraisablehook = lambda told: None if any(name in str(told.exc_value) for name in known) else usual(told)
 
 
 def save_weights(folder: epath.PathLike, config: Any, params: Any) -> None:

@@ -176,7 +176,7 @@ def test_weights_of_a_workdir(tmp_path):
         checkpoints = Checkpoints(tmp_path / name)
         checkpoints.save(1, value)
         checkpoints.close()
-        (tmp_path / name / "config.json").write_text(json.dumps({"model": {"hidden_size": 128}}))
+        (tmp_path / name / "config.json").write_text(json.dumps({"model": {}}))
         assert_equal(checkpoint.load_weights(tmp_path / name)[1], state.params)
     assert_equal(checkpoint.load_weights(tmp_path / "with", ema=True)[1], state.ema)
     assert_equal(checkpoint.load_weights(tmp_path / "without", ema=True)[1], state.params)

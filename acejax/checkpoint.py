@@ -86,8 +86,9 @@ class Checkpoints:
 
     def check(self) -> None:
         """Raises UserError when a save in the background has failed."""
-        with self._failing():
-            self._manager.check_for_errors()
+        if not self._manager.is_saving_in_progress():
+            with self._failing():
+                self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Wait for what is being saved.
@@ -136,7 +137,7 @@ class Checkpoints:
                 self._folder / str(step) / "state", args=ocp.args.StandardRestore(like))
         except Exception as error:  # whatever files, JSON, OCDBT and Orbax make of what is not whole
             _hush()
-            problem = _first_line(error)
+            problem = _reason(error)
         if _anywhere(problem is not None):
             return None, problem or "another process cannot read its part"
         found = _checksums(state)
@@ -168,7 +169,7 @@ class Checkpoints:
         except Exception as error:
             self._manager.reload()
             safe = self.latest()
-            raise UserError(f"{self._folder}: a checkpoint could not be saved ({_first_line(error)}); "
+            raise UserError(f"{self._folder}: a checkpoint could not be saved ({_reason(error)}); "
                             + ("there is none yet" if safe is None else f"step {safe} is safe")) from error
 
 
@@ -258,9 +259,12 @@ def _concurrent(like: Any) -> int:
     return 1 + max((math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(like)), default=0) // 10**9
 
 
-def _first_line(error: BaseException) -> str:
+def _reason(error: BaseException) -> str:
+    """The first cause in a line; of a long one the ends, where TensorStore says what it is about and why."""
+    while error.__cause__ or error.__context__:
+        error = error.__cause__ or error.__context__
     line = (str(error).splitlines() or [""])[0]
-    return f"{type(error).__name__}: {line[:160]}"
+    return f"{type(error).__name__}: " + (line if len(line) < 200 else f"{line[:60]} ... {line[-120:]}")
 
 
 @functools.cache

@@ -79,6 +79,6 @@ def topology(name: str) -> tuple[Chip | None, int]:
     if match[2] != "-":
         return chip, count
     if count % chip.cores:
-        raise UserError(f"topology {name!r}: {chip.name} slices are named by TensorCores, {chip.cores} a chip; expected "
-                        f"an even number")
+        raise UserError(f"topology {name!r}: {chip.name} slices are named by TensorCores, {chip.cores} a chip; "
+                        "expected an even number")
     return chip, count // chip.cores

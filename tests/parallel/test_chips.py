@@ -19,7 +19,8 @@ def test_a_cpu_is_no_chip():
     assert topology("cpu:64") == (None, 64)
 
 
-@pytest.mark.parametrize("name", ["", "h100x0", "h100x", "v5e-", "cpu", "cpu:0", "a100", "v5p-128x2", "tpu-8", "v5p-127"])
+@pytest.mark.parametrize("name", [
+    "", "h100x0", "h100x", "v5e-", "cpu", "cpu:0", "a100", "v5p-128x2", "tpu-8", "v5p-127"])
 def test_what_is_no_slice_is_named(name):
     with pytest.raises(UserError, match=repr(name)):
         topology(name)

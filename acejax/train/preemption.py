@@ -8,12 +8,12 @@ from jax.experimental import multihost_utils
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: start it again, it goes on
 
 
-class Preempted(Exception):  # noqa: N818 - what happened is no error
-    """The run was asked to leave, and has saved its step."""
+class Preempted(SystemExit):
+    """The run was asked to leave, and has saved `step`; a process that lets it pass exits with EXIT_CODE."""
 
     def __init__(self, step: int):
-        super().__init__(f"preempted: step {step} is saved, and the same command goes on from there (exit code "
-                         f"{EXIT_CODE})")
+        super().__init__(EXIT_CODE)
+        self.step = step
 
 
 class Preemption:

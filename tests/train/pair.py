@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding  # noqa: E402
 from acejax.checkpoint import Checkpoints  # noqa: E402
 from acejax.errors import UserError  # noqa: E402
 from acejax.parallel.mesh import make_mesh  # noqa: E402
-from acejax.train.preemption import EXIT_CODE, Preempted, Preemption  # noqa: E402
+from acejax.train.preemption import Preempted, Preemption  # noqa: E402
 from acejax.workdir import lock  # noqa: E402
 
 STEPS = 2000
@@ -62,9 +62,9 @@ def main(workdir: str, port: str, process: str, order: str) -> int:
     try:
         with lock(workdir):
             {"count": count, "restore": restore}[order](pathlib.Path(workdir))
-    except Preempted as told:
-        print(told, flush=True)
-        return EXIT_CODE
+    except Preempted as leaving:
+        print(f"left after {leaving.step}", flush=True)
+        raise
     except UserError as error:
         print(error, flush=True)
         return 2

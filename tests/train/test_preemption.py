@@ -59,7 +59,7 @@ def counted(tmp_path_factory):
 def test_a_signal_to_one_of_two_ends_both_at_the_same_step(counted):
     workdir, codes, lines, errors = counted
     assert codes == [75, 75], errors
-    steps = {re.match(r"preempted: step (\d+) is saved, ", line)[1] for line in lines}
+    steps = {re.fullmatch(r"left after (\d+)", line)[1] for line in lines}
     assert len(steps) == 1 and int(steps.pop()) == max(int(path.name) for path in (workdir / "checkpoints").iterdir())
 
 

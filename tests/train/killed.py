@@ -13,6 +13,7 @@ import threading
 import time
 
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2"
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"  # each process compiles the same small programs
 from absl import logging  # noqa: E402
 
 from acejax.checkpoint import Checkpoints  # noqa: E402
@@ -24,6 +25,7 @@ from acejax.workdir import lock  # noqa: E402
 from tests.train.small import Table, make_config  # noqa: E402
 
 STEPS = 60
+EVERY = 10  # steps between saves
 SIZES = ((12, 8),)
 
 
@@ -38,7 +40,7 @@ class Run:
         kills itself while it saves step 20.
     """
 
-    def __init__(self, workdir: pathlib.Path, fsdp: int = 1, until: int | None = None, fault: str = ""):
+    def __init__(self, workdir: pathlib.Path, fsdp: int = 2, until: int | None = None, fault: str = ""):
         self.log = workdir.with_name(f"{workdir.name}.log")
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__])
@@ -73,9 +75,9 @@ class Filling(Checkpoints):
     """The disk is full after the first save."""
 
     def save(self, step: int, *args, **kwargs) -> None:
-        if step > 5:
+        if step > EVERY:
             self._manager.wait_until_finished()
-            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, resource.RLIM_INFINITY))
         super().save(step, *args, **kwargs)
 
 
@@ -90,7 +92,7 @@ def _main(workdir: pathlib.Path, log: pathlib.Path, fsdp: int, until: int | None
     if kind == "disk":
         train.__globals__["Checkpoints"] = Filling
     config = make_config(SIZES)
-    config.update({"steps": STEPS, "checkpoint": {"every": 5}, "mesh": {"data": -1, "fsdp": fsdp}})
+    config.update({"steps": STEPS, "checkpoint": {"every": EVERY}, "mesh": {"data": -1, "fsdp": fsdp}})
     stages = [Stage(STEPS // 2, {"a": 1, "b": 1}, 0), Stage(STEPS // 2, {"a": 1, "b": 1, "r": 1, "s": 1})]
     stream = (Poisoned if kind == "nan" else Stream)(Table(), stages, [12], dict(SIZES), seed=3)
     try:

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from tests.counts import count
-from tests.train.killed import STEPS, Run
+from tests.train.killed import EVERY, STEPS, Run
 from tests.train.small import losses
 
 KILLS = count(1, 20)  # at a moment of the whole run's wall time
-SAVES = count((30,), (10, 20, 30, 40, 50))  # and inside the save of these steps
+SAVES = count((30,), (20, 30, 40, 50, 60))  # and inside the save of these steps
 
 
 @pytest.fixture(scope="module")
@@ -50,12 +50,12 @@ def test_killed_inside_a_save(whole, tmp_path, step):
     found = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
     assert f"{step}.orbax-checkpoint-tmp" in found and str(step) not in found
     assert resumed(tmp_path / "run") == whole[0]
-    assert f"at step {step - 5}\n" in run.log.read_text()
+    assert f"at step {step - EVERY}\n" in run.log.read_text()
 
 
 def test_the_mesh_changes_on_the_way(whole, tmp_path):
     assert Run(tmp_path / "run", until=30).end() == 0
-    found = resumed(tmp_path / "run", fsdp=2)
+    found = resumed(tmp_path / "run", fsdp=1)
     assert found[:30] == whole[0][:30]
     np.testing.assert_allclose(found[30:], whole[0][30:], rtol=1e-4)
 

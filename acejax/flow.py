@@ -51,12 +51,7 @@ def loss(velocity: jax.Array, expected: jax.Array, units: jax.Array, task: jax.A
       The loss (float32 scalar) and parts: `ref` [units - 1], `tar`, `fraction` [units], `task` [tasks],
       `task_fraction` [tasks]. A unit or task that is absent has loss 0 and fraction 0.
     """
-    squared = jnp.square(velocity.astype(jnp.float32) - expected.astype(jnp.float32))
-    repeats = squared.shape[-1] // units.shape[-2]
-    squared = squared.reshape(*squared.shape[:2], -1, repeats).sum(-1) if repeats > 1 else squared
-    errors = (squared[..., None] * units).sum((1, 2))  # [B, units]; no matrix product: those round on GPU and TPU
-    counts = repeats * units.sum((1, 2))  # [B, units]
-
+    errors, counts = squared_errors(velocity, expected, units)
     total = jnp.maximum(counts.sum(), 1e-9)
     by_unit = _ratio(errors.sum(0), counts.sum(0))
     parts = {"ref": by_unit[:-1], "tar": by_unit[-1], "fraction": counts.sum(0) / total}
@@ -65,6 +60,16 @@ def loss(velocity: jax.Array, expected: jax.Array, units: jax.Array, task: jax.A
         of_task, count = ((member * part.sum(1)).sum(1) for part in (errors, counts))  # [tasks]
         parts |= {"task": _ratio(of_task, count), "task_fraction": count / total}
     return errors.sum() / total, parts
+
+
+def squared_errors(velocity: jax.Array, expected: jax.Array, units: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """What `loss` is made of: the weighted sum of squared errors of each sample in each unit, and the sum of their
+    weights; both [B, units] float32.
+    """
+    squared = jnp.square(velocity.astype(jnp.float32) - expected.astype(jnp.float32))
+    repeats = squared.shape[-1] // units.shape[-2]
+    squared = squared.reshape(*squared.shape[:2], -1, repeats).sum(-1) if repeats > 1 else squared
+    return (squared[..., None] * units).sum((1, 2)), repeats * units.sum((1, 2))  # a matrix product would round
 
 
 def _ratio(numerator: jax.Array, denominator: jax.Array) -> jax.Array:

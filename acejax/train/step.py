@@ -59,16 +59,31 @@ def loss_fn(params: Any, setting: StepConfig, batch: Batch, key: jax.Array) -> t
     x0 = batch["target"].astype(jnp.float32)
     sigma = flow.sample_sigma(sigma_key, x0.shape[:1], setting.sigma_shift, setting.sigma_spread)
     noise = jax.random.normal(noise_key, x0.shape, jnp.float32)
-    mask = batch["mask"].astype(jnp.float32) / 255
-    image = lcu.channels(flow.interpolate(x0, noise, sigma), batch["edit"], mask, batch.get("modify"))
-    guidance = jnp.ones_like(sigma) if setting.config.guidance_embed else None
-    tokens = Tokens(image, batch["positions"], batch["text"], batch["pooled"], sigma, guidance, batch["lengths"])
-    velocity = apply(setting.config, params, tokens, execution=setting.execution)
+    velocity = predict(params, setting, batch, flow.interpolate(x0, noise, sigma), sigma)
+    return flow.loss(velocity, flow.target(x0, noise), weights(setting, batch), batch["task"], setting.tasks)
 
-    unit = jnp.where(batch["unit"] == -1, setting.references, batch["unit"])  # the target is the last unit
-    weight = 1 + (setting.mask_weight - 1) * mask.mean(-1)
-    units = jax.nn.one_hot(unit, setting.references + 1) * weight[..., None]  # [B, S, units]; padding has none
-    return flow.loss(velocity, flow.target(x0, noise), units[:, :, None], batch["task"], setting.tasks)
+
+def predict(params: Any, setting: StepConfig, batch: Batch, noisy: jax.Array, sigma: jax.Array,
+            guidance: float = 1.0) -> jax.Array:
+    """The velocity [B, S, 64] of a batch at `noisy` latents of noise levels `sigma` [B]; conditions as far as the
+    model's channels have room for them.
+    """
+    parts = {384: ("edit", "mask"), 448: ("edit", "mask", "modify")}.get(setting.config.in_channels, ())
+    given = {name: batch[name].astype(jnp.float32) for name in parts}
+    if "mask" in given:
+        given["mask"] /= 255
+    image = lcu.channels(noisy, **given)
+    scale = jnp.full_like(sigma, guidance) if setting.config.guidance_embed else None
+    tokens = Tokens(image, batch["positions"], batch["text"], batch["pooled"], sigma, scale, batch["lengths"])
+    return apply(setting.config, params, tokens, execution=setting.execution)
+
+
+def weights(setting: StepConfig, batch: Batch) -> jax.Array:
+    """What each token counts in each unit, the target last: [B, S, 1, references + 1], 0 on padding."""
+    unit = jnp.where(batch["unit"] == -1, setting.references, batch["unit"])
+    mask = batch["mask"].astype(jnp.float32).mean(-1) / 255
+    weight = 1 + (setting.mask_weight - 1) * mask
+    return (jax.nn.one_hot(unit, setting.references + 1) * weight[..., None])[:, :, None]
 
 
 def train_step(state: TrainState, batch: Batch, setting: StepConfig,

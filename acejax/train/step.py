@@ -81,8 +81,7 @@ def predict(params: Any, setting: StepConfig, batch: Batch, noisy: jax.Array, si
 def weights(setting: StepConfig, batch: Batch) -> jax.Array:
     """What each token counts in each unit, the target last: [B, S, 1, references + 1], 0 on padding."""
     unit = jnp.where(batch["unit"] == -1, setting.references, batch["unit"])
-    mask = batch["mask"].astype(jnp.float32).mean(-1) / 255
-    weight = 1 + (setting.mask_weight - 1) * mask
+    weight = 1 + (setting.mask_weight - 1) * (batch["mask"].astype(jnp.float32) / 255).mean(-1)
     return (jax.nn.one_hot(unit, setting.references + 1) * weight[..., None])[:, :, None]
 
 

@@ -151,7 +151,7 @@ def test_eight_devices_give_the_numbers_of_one():
     script = """
 import json
 from tests.train.test_validate import losses
-print(json.dumps([losses({"data": 2, "fsdp": 2, "tensor": 2}), losses({"data": 8})]))
+print(json.dumps([losses({"fsdp": 4, "tensor": 2}), losses({"data": 8})]))
 """
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
     env = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}

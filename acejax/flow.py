@@ -4,12 +4,13 @@ Convention (FLUX, scepter `FlowMatchFluxShiftScheduler`): x_sigma = (1 - sigma) 
 predicts v = noise - x0, with sigma as its time. The paper's t and u are 1 - sigma and -v.
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+Groups = Mapping[str, tuple[jax.Array, int]]
 
 
 def sample_sigma(key: jax.Array, shape: tuple[int, ...], shift: float = 0.0, spread: float = 1.0) -> jax.Array:
@@ -33,43 +34,58 @@ def target(x0: jax.Array, noise: jax.Array) -> jax.Array:
     return noise - x0
 
 
-def loss(velocity: jax.Array, expected: jax.Array, units: jax.Array, task: jax.Array | None = None,
-         tasks: int = 0) -> tuple[jax.Array, dict[str, Any]]:
+def loss(velocity: jax.Array, expected: jax.Array, units: jax.Array, groups: Groups | None = None
+         ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Mean squared velocity error over all weighted elements of the batch, and the parts it is made of.
 
     With weights of 0 and 1 this is the reference's element mean (ACE_plus `ace_plus_ldm.py`): bigger pictures weigh
     more, and references, kept and generated areas alike. The paper's L_ref + L_tar is a sum; here
-    `loss = sum(fraction * [*ref, tar])` exactly, and also `loss = sum(task_fraction * task)`.
+    `loss = sum(fraction * [*ref, tar])` exactly, and also `loss = sum(NAME_fraction * NAME)` for each of the groups.
 
     Args:
       velocity, expected: [B, S, 64].
       units: weight of each element in each unit, target last: [B, S, 1 or 64, units], 0 on padded tokens
         (`acejax.lcu.membership`; fractions where a seam cuts a latent pixel).
-      task: [B] int32 task of each sample, with `tasks` their number; for the per-task losses.
+      groups: ways to divide the samples, as `parts` takes them.
 
     Returns:
-      The loss (float32 scalar) and parts: `ref` [units - 1], `tar`, `fraction` [units], `task` [tasks],
-      `task_fraction` [tasks]. A unit or task that is absent has loss 0 and fraction 0.
+      The loss (float32 scalar) and its parts, as `parts`.
     """
-    errors, counts = squared_errors(velocity, expected, units)
-    total = jnp.maximum(counts.sum(), 1e-9)
-    by_unit = _ratio(errors.sum(0), counts.sum(0))
-    parts = {"ref": by_unit[:-1], "tar": by_unit[-1], "fraction": counts.sum(0) / total}
-    if task is not None:
-        member = jax.nn.one_hot(task, tasks).T  # [tasks, B]
-        of_task, count = ((member * part.sum(1)).sum(1) for part in (errors, counts))  # [tasks]
-        parts |= {"task": _ratio(of_task, count), "task_fraction": count / total}
-    return errors.sum() / total, parts
+    return parts(*errors(velocity, expected, units), groups)
 
 
-def squared_errors(velocity: jax.Array, expected: jax.Array, units: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """What `loss` is made of: the weighted sum of squared errors of each sample in each unit, and the sum of their
-    weights; both [B, units] float32.
+def errors(velocity: jax.Array, expected: jax.Array, units: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Weighted squared errors and weights of each sample's units, [B, units] both; arguments as of `loss`.
+
+    They add up: over the samples of a batch, and over batches.
     """
     squared = jnp.square(velocity.astype(jnp.float32) - expected.astype(jnp.float32))
     repeats = squared.shape[-1] // units.shape[-2]
     squared = squared.reshape(*squared.shape[:2], -1, repeats).sum(-1) if repeats > 1 else squared
-    return (squared[..., None] * units).sum((1, 2)), repeats * units.sum((1, 2))  # a matrix product would round
+    # no matrix product: those round on GPU and TPU
+    return (squared[..., None] * units).sum((1, 2)), repeats * units.sum((1, 2))
+
+
+def parts(errors: jax.Array, weights: jax.Array, groups: Groups | None = None
+          ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The loss of a batch and its parts, from what `errors` gives for its samples.
+
+    Args:
+      errors, weights: [B, units], the target last.
+      groups: name -> (index [B] int32, number of groups), e.g. each sample's task.
+
+    Returns:
+      The loss (float32 scalar) and: `ref` [units - 1], `tar`, `fraction` [units]; for each of the groups `NAME` and
+      `NAME_fraction` [number]. A unit or a group that is absent has loss 0 and fraction 0.
+    """
+    total = jnp.maximum(weights.sum(), 1e-9)
+    by_unit = _ratio(errors.sum(0), weights.sum(0))
+    found = {"ref": by_unit[:-1], "tar": by_unit[-1], "fraction": weights.sum(0) / total}
+    for name, (index, number) in (groups or {}).items():
+        member = jax.nn.one_hot(index, number).T  # [number, B]
+        of_group, weight = ((member * part.sum(1)).sum(1) for part in (errors, weights))
+        found |= {name: _ratio(of_group, weight), f"{name}_fraction": weight / total}
+    return errors.sum() / total, found
 
 
 def _ratio(numerator: jax.Array, denominator: jax.Array) -> jax.Array:

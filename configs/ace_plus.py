@@ -51,7 +51,6 @@ def get_config(part: str = "stage2") -> ConfigDict:
         "optimizer": {"learning_rate": 1e-5, "warmup": 0.02, "b1": 0.9, "b2": 0.99, "weight_decay": 0.01, "clip": 1.0},
         "mesh": {"data": 1, "fsdp": -1, "tensor": 1, "seq": 1},
         "execution": {"dtype": "bfloat16", "attention": "auto", "remat": "full"},
-        "log_every": 50,
-        "checkpoint_every": 1000,
-        "keep_checkpoints": 2,
+        "checkpoint": {"every": 1000, "keep": 2, "best": 1, "export_every": 0, "export_layout": "bfl"},
+        "watch": {"every": 50, "bad_steps": 10},
     })

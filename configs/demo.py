@@ -33,7 +33,6 @@ def get_config() -> ConfigDict:
         "evaluate": {"samples": 192, "held": 96, "steps": 8},  # test samples a task, held-out pairs, Euler steps
         "mesh": {"data": -1, "fsdp": 1, "tensor": 1, "seq": 1},
         "execution": {"dtype": "float32", "attention": "auto", "remat": "none"},
-        "log_every": 50,
-        "checkpoint_every": 1000,
-        "keep_checkpoints": 2,
+        "checkpoint": {"every": 1000, "keep": 2},
+        "watch": {"every": 50},
     })

@@ -105,7 +105,7 @@ def canvas_units(height, widths, batch):
 
 def check_parts(velocity, expected, units, task=None, tasks=0):
     """loss(...) against sums written out in float64, and that the parts recombine; returns what loss gave."""
-    total, parts = flow.loss(velocity, expected, units, task, tasks)
+    total, parts = flow.loss(velocity, expected, units, None if task is None else {"task": (task, tasks)})
     weight = np.broadcast_to(np.asarray(units, np.float64), (*velocity.shape, units.shape[-1]))
     error = np.square(np.asarray(velocity, np.float64) - np.asarray(expected, np.float64))[..., None] * weight
     np.testing.assert_allclose(total, error.sum() / weight.sum(), rtol=1e-5)
@@ -185,7 +185,7 @@ def test_an_absent_unit_counts_nothing():
 
 def test_an_empty_batch_has_loss_zero():
     velocity, expected = normal(0, 2, 4, 64), normal(1, 2, 4, 64)
-    total, parts = flow.loss(velocity, expected, jnp.zeros((2, 4, 1, 2)), jnp.array([0, 1]), 2)
+    total, parts = flow.loss(velocity, expected, jnp.zeros((2, 4, 1, 2)), {"task": (jnp.array([0, 1]), 2)})
     assert total == 0
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(parts))
 

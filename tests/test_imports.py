@@ -16,6 +16,7 @@ PACKAGE = pathlib.Path(acejax.__file__).parent
 # A row imports from itself and from rows above it. `lcu`, `flow` and `model` are the centre: pure functions of arrays.
 ROWS = (
     {"errors"},
+    {"fields"},
     {"lcu", "flow", "model"},
     {"adapt"},
     {"parallel"},

@@ -123,9 +123,8 @@ def _convert(path: pathlib.Path, target: pathlib.Path, args: argparse.Namespace)
     if exists(path / "model.json") or exists(path / "config.json") and exists(path / "checkpoints"):
         from acejax import checkpoint  # Orbax takes a second to import
 
-        if grow:
-            raise UserError(f"{path}: --grow works on safetensors; convert to bfl first")
-        return _convert_model(convert.of_tree(path, *checkpoint.load_weights(path)), target, args)
+        model = convert.of_tree(path, *checkpoint.load_weights(path))
+        return _convert_model(identify.grown(model, grow) if grow else model, target, args)
     found = pickles.open_pickle(path) if path.suffix in PICKLES else open_source(path)
     if lora_formats.is_lora(found.tensors):
         if args.to not in lora_formats.LAYOUTS or target.suffix != ".safetensors" or grow:

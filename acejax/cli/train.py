@@ -29,14 +29,14 @@ def main(argv: Sequence[str]) -> int:
         from acejax.data import inputs
         from acejax.data.config import DataConfig
         data = DataConfig.of(config)
-        mesh, model, _ = loop.check(config)
-        inputs.check(data, mesh)
-        print("training from random weights: those of FLUX or ACE++ are not read yet", flush=True)
+        run, mesh = loop.check(config)
+        inputs.check(data, mesh, run.optimizer.accumulate)
         agree(workdir, config.to_dict(), loop.FREE)
-        features = inputs.make_features(data, model=model)
+        features = inputs.make_features(data, model=run.model)
         claim(workdir, config.to_dict(), loop.FREE)  # what failed before this leaves nothing behind
         claim_data(workdir, features.digest)
-        stream = inputs.make_stream(data.stages, config.steps, data.batches, features, mesh, data.seed, data.max_broken)
+        stream = inputs.make_stream(data.stages, run.steps, data.batches, features, mesh, run.seed, data.max_broken,
+                                    run.optimizer.accumulate)
     _, seconds = loop.train(config, workdir, stream)
     print(f"trained to step {config.steps}: {', '.join(f'{name} {value:.0f} s' for name, value in seconds.items())}")
     return 0

@@ -2,14 +2,13 @@
 
 import dataclasses
 import fnmatch
-import math
-import types
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar, Union, get_args, get_origin
+from typing import Any
 
 import numpy as np
 from etils import epath
 
+from acejax import fields
 from acejax.data import buckets
 from acejax.data.augment import AugmentConfig
 from acejax.data.cache.build import CacheConfig, settings
@@ -19,8 +18,6 @@ from acejax.data.layout import CanvasConfig
 from acejax.data.sample import Sample
 from acejax.data.sources import open_source
 from acejax.errors import UserError
-
-T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,22 +107,23 @@ class DataConfig:
         Raises:
           UserError: a field that is missing, unknown, of another type, or out of range.
         """
-        data = _part(config, "data")
-        given = _part(data, "sources", "data.")
+        data = fields.part(config, "data")
+        given = fields.part(data, "sources", "data.")
         if not given:
             raise UserError("config.data.sources is empty; expected {name: {'path': ..., 'split': 'train'}}")
-        sources = {name: _read(SourceConfig, given, name, "data.sources.") for name in given}
-        stored = dict(_part(config, "cache")) | ({} if cache_dir is None else {"dir": cache_dir})
-        max_broken = _value(data.get("max_broken", 0.01), float, "config.data.max_broken")
+        sources = {name: fields.read(SourceConfig, given, name, "data.sources.") for name in given}
+        stored = dict(fields.part(config, "cache")) | ({} if cache_dir is None else {"dir": cache_dir})
+        max_broken = fields.value(data.get("max_broken", 0.01), float, "config.data.max_broken")
         if not 0 <= max_broken <= 1:
             raise UserError(f"config.data.max_broken is {max_broken!r}; expected a share, 0 to 1")
-        seed = _value(config.get("seed", 0), int, "config.seed")
+        seed = fields.value(config.get("seed", 0), int, "config.seed")
         if seed < 0:
             raise UserError(f"config.seed is {seed}; expected 0 or more")
         own = ("sources", "canvas", "augment", "max_broken")
-        return cls(sources, _read(CanvasConfig, data, "canvas", "data."),
-                   _read(AugmentConfig, data, "augment", "data."), _read(EncodersConfig, config, "encoders"),
-                   _read(CacheConfig, {"cache": stored}, "cache"), seed,
+        return cls(sources, fields.read(CanvasConfig, data, "canvas", "data."),
+                   fields.read(AugmentConfig, data, "augment", "data."),
+                   fields.read(EncodersConfig, config, "encoders"),
+                   fields.read(CacheConfig, {"cache": stored}, "cache"), seed,
                    read_batches(data, own) if set(data) - set(own) else None,
                    read_stages(config, sources) if "stages" in config else (), max_broken)
 
@@ -148,7 +146,7 @@ def read_batches(data: Mapping[str, Any], others: Sequence[str]) -> BatchConfig:
     own = [field.name for field in dataclasses.fields(BatchConfig)]
     if unknown := sorted(set(data) - {*own, *others}):
         raise UserError(f"config.data.{unknown[0]}: no such field; expected {', '.join((*others, *own))}")
-    return _read(BatchConfig, {"data": {name: data[name] for name in own if name in data}}, "data")
+    return fields.read(BatchConfig, {"data": {name: data[name] for name in own if name in data}}, "data")
 
 
 def read_stages(config: Mapping[str, Any], datasets: Sequence[str]) -> tuple[StageConfig, ...]:
@@ -159,7 +157,7 @@ def read_stages(config: Mapping[str, Any], datasets: Sequence[str]) -> tuple[Sta
     """
     if not isinstance(config["stages"], tuple | list) or not config["stages"]:
         raise UserError(f"config.stages is {config['stages']!r}; expected one or more")
-    stages = tuple(_read(StageConfig, {name: stage}, name) for name, stage in
+    stages = tuple(fields.read(StageConfig, {name: stage}, name) for name, stage in
                    ((f"stages[{number}]", stage) for number, stage in enumerate(config["stages"])))
     if not np.isclose(total := sum(stage.share for stage in stages), 1):
         raise UserError(f"config.stages: the shares are {total:g} together; expected 1")
@@ -169,58 +167,3 @@ def read_stages(config: Mapping[str, Any], datasets: Sequence[str]) -> tuple[Sta
                 raise UserError(f"config.stages[{number}].weights: {pattern!r} is of no source; there are "
                                 f"{', '.join(datasets)}")
     return stages
-
-
-def _part(config: Mapping[str, Any], name: str, before: str = "") -> Mapping[str, Any]:
-    if name not in config or not hasattr(config[name], "keys"):
-        raise UserError(f"config.{before}{name} is {'missing' if name not in config else repr(config[name])}; "
-                        "expected fields")
-    return config[name]
-
-
-def _read(cls: type[T], config: Mapping[str, Any], name: str, before: str = "") -> T:
-    """A dataclass from the fields that a config has under `name`."""
-    given, where = _part(config, name, before), f"config.{before}{name}"
-    fields = {field.name: field for field in dataclasses.fields(cls)}
-    if unknown := sorted(set(given) - set(fields)):
-        raise UserError(f"{where}.{unknown[0]}: no such field; expected {', '.join(fields)}")
-    values = {}
-    for field in fields.values():
-        if field.name in given:
-            values[field.name] = _value(given[field.name], field.type, f"{where}.{field.name}")
-        elif field.default is field.default_factory is dataclasses.MISSING:
-            raise UserError(f"{where}.{field.name} is missing")
-    try:
-        return cls(**values)
-    except UserError as error:
-        raise UserError(f"config.{before}{error}" if str(error).startswith(name) else f"{where}: {error}") from None
-
-
-def _value(value: Any, wanted: Any, where: str) -> Any:
-    """A field's value, lists as tuples, if it is of the type `wanted`."""
-    value = _plain(value)
-    if not _fits(value, wanted):
-        name = str(wanted).replace("collections.abc.", "") if get_args(wanted) else wanted.__name__
-        raise UserError(f"{where} is {value!r}; expected {'a number' if wanted is float else name}")
-    return value
-
-
-def _plain(value: Any) -> Any:
-    if hasattr(value, "items"):  # a ConfigDict is no Mapping
-        return {name: _plain(one) for name, one in value.items()}
-    return tuple(map(_plain, value)) if isinstance(value, list | tuple) else value
-
-
-def _fits(value: Any, wanted: Any) -> bool:
-    origin, parts = get_origin(wanted), get_args(wanted)
-    if origin in (types.UnionType, Union):
-        return any(_fits(value, part) for part in parts)
-    if origin is tuple:
-        parts = parts[:1] * len(value) if parts[-1] is ... and isinstance(value, tuple) else parts
-        return isinstance(value, tuple) and len(value) == len(parts) and all(map(_fits, value, parts))
-    if origin is Mapping:
-        return isinstance(value, Mapping) and all(_fits(one, part) for pair in value.items()
-                                                  for one, part in zip(pair, parts, strict=True))
-    if wanted is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return wanted is Any or isinstance(value, wanted) and (wanted is bool or not isinstance(value, bool))

@@ -17,7 +17,7 @@ from acejax.model.config import MMDiTConfig
 from acejax.parallel import rules
 
 
-def check(data: DataConfig, mesh: Mesh) -> None:
+def check(data: DataConfig, mesh: Mesh, accumulate: int = 1) -> None:
     """What can be known to go wrong with a run's batches before anything is encoded.
 
     Raises:
@@ -26,9 +26,9 @@ def check(data: DataConfig, mesh: Mesh) -> None:
     if not data.stages or data.batches is None:
         raise UserError(f"config.{'data.batch_tokens' if data.stages else 'stages'} is missing")
     for _, size in data.batches.batch_sizes:
-        rules.check_batch(mesh, size)
+        rules.check_batch(mesh, size, accumulate)
     if not data.batches.batch_sizes:
-        batch_sizes([data.batches.bucket_multiple], data.batches.batch_tokens, rules.batch_parts(mesh))
+        batch_sizes([data.batches.bucket_multiple], data.batches.batch_tokens, rules.batch_parts(mesh, accumulate))
 
 
 def make_features(data: DataConfig, sources: Mapping[str, Sequence[Sample]] | None = None,
@@ -66,8 +66,8 @@ def build_features(data: DataConfig, sources: Mapping[str, Sequence[Sample]] | N
 
 
 def make_stream(stages: Sequence[StageConfig], steps: int, batches: BatchConfig, table: Table, mesh: Mesh, seed: int,
-                max_broken: float = 0.01) -> Stream:
-    """The stream of a run of so many steps over a table's samples.
+                max_broken: float = 0.01, accumulate: int = 1) -> Stream:
+    """The stream of a run of so many steps over a table's samples; `accumulate` parts of a batch follow each other.
 
     Raises:
       UserError: batch sizes that can't be, and as `Stream`.
@@ -75,7 +75,7 @@ def make_stream(stages: Sequence[StageConfig], steps: int, batches: BatchConfig,
     sizes = dict(batches.batch_sizes)
     if not sizes:
         chosen = buckets.choose(table.tokens, batches.bucket_multiple, batches.most_buckets)
-        sizes = batch_sizes(chosen, batches.batch_tokens, rules.batch_parts(mesh))
+        sizes = batch_sizes(chosen, batches.batch_tokens, rules.batch_parts(mesh, accumulate))
     return Stream(table, [Stage(round(stage.share * steps), stage.weights, stage.references) for stage in stages],
                   sorted(sizes), sizes, seed, max_broken)
 

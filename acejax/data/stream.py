@@ -169,12 +169,12 @@ _TOKENS = ("edit", "modify", "target", "noise", "mask", "positions", "unit")
 
 
 def batch_sizes(buckets: Sequence[int], tokens: int, multiple: int = 1) -> dict[int, int]:
-    """Samples of a batch for each bucket: as many as `tokens` hold, a multiple of the data-parallel devices.
+    """Samples of a batch for each bucket: as many as `tokens` hold, a multiple of the parts that it falls into.
 
     Raises:
       UserError: not a sample for each device.
     """
     if tokens < (least := max(buckets) * multiple):
         raise UserError(f"data.batch_tokens is {tokens}; expected at least {least}, a sample of {max(buckets)} tokens "
-                        f"for each of {multiple} data-parallel devices")
+                        f"for each of {multiple} parts (data x fsdp devices, times config.optimizer.accumulate)")
     return {bucket: tokens // bucket // multiple * multiple for bucket in buckets}

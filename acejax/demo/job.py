@@ -41,18 +41,19 @@ from acejax.demo.surroundings import (
 from acejax.errors import UserError
 from acejax.model.config import MMDiTConfig
 from acejax.train import loop
+from acejax.train.config import TrainConfig
 
 TEST_SEED = 1_000_000  # the test pictures are the same for every seed
 FIT_PICTURES = 1500  # that the autoencoder is fitted to
 
 
-def check(config: ml_collections.ConfigDict) -> Mesh:
-    """What the built-in pictures ask of a config; nothing is written. Returns the run's mesh.
+def check(config: ml_collections.ConfigDict) -> tuple[TrainConfig, Mesh]:
+    """What the built-in pictures ask of a config; nothing is written. Returns the run and its mesh.
 
     Raises:
       UserError: as `acejax.train.loop.check`, or data, stages, evaluation or text sizes that can't be.
     """
-    mesh, *_ = loop.check(config)
+    run, mesh = loop.check(config)
     stages = read_stages(config, ("demo",))
     if config.data.source != "demo":
         raise UserError(f"config.data.source is {config.data.source!r}; so far there is 'demo', the built-in pictures")
@@ -66,7 +67,7 @@ def check(config: ml_collections.ConfigDict) -> Mesh:
         raise UserError(f"config.stages: unknown task {', '.join(sorted(unknown))}; known: {', '.join(TASKS)}")
     if (config.model.context_in_dim, config.model.vec_in_dim) != (TEXT_WIDTH, TEXT_WIDTH):
         raise UserError(f"config.model.context_in_dim and vec_in_dim must be {TEXT_WIDTH}, the text encoder's width")
-    return mesh
+    return run, mesh
 
 
 def prepare(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> tuple[epath.Path, Autoencoder, Stream]:
@@ -75,7 +76,7 @@ def prepare(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> tuple
     Raises:
       UserError: as `check` and `acejax.train.loop.check`, or a workdir of another config.
     """
-    mesh = check(config)
+    run, mesh = check(config)
     claim(workdir, config.to_dict(), loop.FREE)
     print("writing the pictures, fitting the autoencoder, encoding ...", flush=True)
     folder = build(epath.Path(workdir) / "data", {
@@ -94,7 +95,7 @@ def prepare(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> tuple
     features = inputs.make_features(data, {"demo": rows}, encoders)
     batches = read_batches(config.data, ("source", "samples", "canvas"))
     return folder, autoencoder, inputs.make_stream(read_stages(config, ("demo",)), config.steps, batches, features,
-                                                   mesh, config.seed)
+                                                   mesh, config.seed, accumulate=run.optimizer.accumulate)
 
 
 def run(config: ml_collections.ConfigDict, workdir: epath.PathLike, setup_seconds: float = 0.0) -> dict[str, Any]:

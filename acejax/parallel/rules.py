@@ -62,15 +62,17 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(BATCH_AXES))
 
 
-def batch_parts(mesh: Mesh) -> int:
-    """Into how many parts a batch falls."""
-    return mesh.shape["data"] * mesh.shape["fsdp"]
+def batch_parts(mesh: Mesh, accumulate: int = 1) -> int:
+    """Into how many parts a batch falls: over devices, and one after the other."""
+    return mesh.shape["data"] * mesh.shape["fsdp"] * accumulate
 
 
-def check_batch(mesh: Mesh, batch_size: int) -> None:
-    """Raises UserError when the mesh does not divide a batch of this many samples."""
-    if batch_size % batch_parts(mesh):
-        raise UserError(f"batch size {batch_size} is not a multiple of data x fsdp = {batch_parts(mesh)} of the mesh")
+def check_batch(mesh: Mesh, batch_size: int, accumulate: int = 1) -> None:
+    """Raises UserError when a batch of this many samples does not fall into equal parts."""
+    if batch_size % (parts := batch_parts(mesh, accumulate)):
+        steps = f", in {accumulate} parts one after the other: {parts}" if accumulate > 1 else ""
+        raise UserError(f"batch size {batch_size} is not a multiple of data x fsdp = {batch_parts(mesh)} of the mesh"
+                        f"{steps}")
 
 
 def constrain(mesh: Mesh) -> Callable[[jax.Array, str], jax.Array]:

@@ -12,9 +12,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from acejax import flow, lcu
 from acejax.data.stream import Row
+from acejax.model.mmdit import apply
 from acejax.train.grid import Line, draw
 from acejax.train.held import Held
-from acejax.train.step import Batch, StepConfig, predict
+from acejax.train.step import Batch, StepConfig, tokens
 
 Decode = Callable[[np.ndarray], np.ndarray]  # latents [h, w, 16] -> picture [8h, 8w, 3] uint8
 BEST = 100.0  # dB, of pictures that are equal
@@ -74,9 +75,9 @@ class Samples:
         return {name: float(np.mean(values)) for name, values in scores.items()}, draw(lines)
 
 
-def target_unit(row: Row, tokens: np.ndarray) -> np.ndarray:
-    """The target's part of a canvas: tokens [S or more, 64 or 256] -> [h, w, 16 or 64], in latent cells."""
-    return _unit(row, tokens, -1)
+def target_unit(row: Row, values: np.ndarray) -> np.ndarray:
+    """The target's part of a canvas: values [S or more, 64 or 256] -> [h, w, 16 or 64], in latent cells."""
+    return _unit(row, values, -1)
 
 
 def given(row: Row, decode: Decode) -> list[np.ndarray | None]:
@@ -97,11 +98,11 @@ def psnr(target: np.ndarray, picture: np.ndarray, mask: np.ndarray) -> dict[str,
             for name, part in parts.items() if part.size}
 
 
-def _unit(row: Row, tokens: np.ndarray, unit: int) -> np.ndarray:
+def _unit(row: Row, values: np.ndarray, unit: int) -> np.ndarray:
     own = np.flatnonzero(row["unit"] == unit)  # row by row, as the canvas
     rows = len(np.unique(row["positions"][own, 1]))
     height, width = lcu.PATCH * rows, lcu.PATCH * (len(own) // rows)
-    return np.asarray(lcu.unpack(jnp.asarray(tokens[own])[None], height, width)[0])
+    return np.asarray(lcu.unpack(jnp.asarray(values[own])[None], height, width)[0])
 
 
 def _unfold(folded: np.ndarray) -> np.ndarray:
@@ -114,6 +115,7 @@ def _unfold(folded: np.ndarray) -> np.ndarray:
 def _sample(params: Any, batch: Batch, *, setting: StepConfig, guidance: float) -> jax.Array:
     """Latents [B, S, 64] of the whole canvas; a row has `sigmas` [steps + 1] of its own, by its number of tokens."""
     def velocity(latents: jax.Array, sigma: jax.Array) -> jax.Array:
-        return predict(params, setting, batch, latents, sigma[:, 0, 0], guidance).astype(jnp.float32)
+        seen = tokens(setting.config, batch, latents, sigma[:, 0, 0], guidance)
+        return apply(setting.config, params, seen, execution=setting.execution).astype(jnp.float32)
 
     return flow.euler(velocity, batch["noise"], batch["sigmas"].T[..., None, None])

@@ -12,16 +12,27 @@ from acejax.model.config import Execution, MMDiTConfig
 from acejax.model.mmdit import Tokens, apply, init
 
 Batch = dict[str, jax.Array]
+SIGMA_BINS = 10  # of equal width, that the loss is reported for
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """What a checkpoint holds; the random numbers of a step come from its seed and `step`."""
+    """What a checkpoint holds; the random numbers of a step come from its seed and `step`.
+
+    Attributes:
+      step: steps done, skipped ones too.
+      params: what is trained.
+      opt_state: the optimizer's.
+      ema: their average over time in float32, or None.
+      skipped: steps that changed nothing, as their loss or gradient was not finite.
+    """
 
     step: jax.Array
     params: Any
     opt_state: Any
+    ema: Any
+    skipped: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +44,8 @@ class StepConfig:
       tasks: number of tasks that losses are reported for.
       mask_weight: weight of the loss where the mask says generate; 1 is ACE++'s plain mean.
       sigma_shift, sigma_spread: of the noise levels' logit-normal distribution; ACE++ has 0 and 1.
+      accumulate: parts that a batch is computed in, one after the other; only rounding depends on it.
+      ema: decay of the averaged parameters, 0 for none.
     """
 
     config: MMDiTConfig
@@ -43,54 +56,105 @@ class StepConfig:
     sigma_shift: float
     sigma_spread: float
     seed: int
+    accumulate: int = 1
+    ema: float = 0.0
 
 
-def init_state(setting: StepConfig, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first step."""
-    params = init(setting.config, jax.random.key(setting.seed))
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+def init_state(setting: StepConfig, optimizer: optax.GradientTransformation, params: Any = None) -> TrainState:
+    """The state before the first step, at random parameters or those given."""
+    params = init(setting.config, jax.random.key(setting.seed)) if params is None else params
+    ema = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params) if setting.ema else None
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema, jnp.zeros((), jnp.int32))
 
 
-def loss_fn(params: Any, setting: StepConfig, batch: Batch, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The velocity loss of a batch (`acejax.data.stream.Batch`) at random noise and noise levels; guidance is 1, as
-    ACE++ trains.
+def velocity_errors(params: Any, setting: StepConfig, batch: Batch, noise: jax.Array, sigma: jax.Array
+                    ) -> tuple[jax.Array, jax.Array]:
+    """`acejax.flow.errors` of a batch (`acejax.data.stream.Batch`): [B, references + 1] errors and weights.
+
+    `noise` is [B, S, 64] and `sigma` [B]; guidance is 1, as ACE++ trains. A model of 64 channels sees the noisy latents
+    alone: text to image.
     """
-    sigma_key, noise_key = jax.random.split(key)
     x0 = batch["target"].astype(jnp.float32)
-    sigma = flow.sample_sigma(sigma_key, x0.shape[:1], setting.sigma_shift, setting.sigma_spread)
-    noise = jax.random.normal(noise_key, x0.shape, jnp.float32)
-    velocity = predict(params, setting, batch, flow.interpolate(x0, noise, sigma), sigma)
-    return flow.loss(velocity, flow.target(x0, noise), weights(setting, batch), batch["task"], setting.tasks)
+    velocity = apply(setting.config, params, tokens(setting.config, batch, flow.interpolate(x0, noise, sigma), sigma),
+                     execution=setting.execution)
+    return flow.errors(velocity, flow.target(x0, noise), _units(setting, batch))
 
 
-def predict(params: Any, setting: StepConfig, batch: Batch, noisy: jax.Array, sigma: jax.Array,
-            guidance: float = 1.0) -> jax.Array:
-    """The velocity [B, S, 64] of a batch at `noisy` latents of noise levels `sigma` [B]; conditions as far as the
-    model's channels have room for them.
-    """
-    parts = {384: ("edit", "mask"), 448: ("edit", "mask", "modify")}.get(setting.config.in_channels, ())
-    given = {name: batch[name].astype(jnp.float32) for name in parts}
-    if "mask" in given:
-        given["mask"] /= 255
-    image = lcu.channels(noisy, **given)
-    scale = jnp.full_like(sigma, guidance) if setting.config.guidance_embed else None
-    tokens = Tokens(image, batch["positions"], batch["text"], batch["pooled"], sigma, scale, batch["lengths"])
-    return apply(setting.config, params, tokens, execution=setting.execution)
+def tokens(config: MMDiTConfig, batch: Batch, noisy: jax.Array, sigma: jax.Array, guidance: float = 1.0) -> Tokens:
+    """A batch with its noisy latents [B, S, 64] as what the model sees."""
+    parts = {} if config.in_channels == 64 else {"edit": batch["edit"], "mask": batch["mask"].astype(jnp.float32) / 255}
+    if config.in_channels == 448:
+        parts["modify"] = batch["modify"]
+    return Tokens(lcu.channels(noisy, **parts), batch["positions"], batch["text"], batch["pooled"], sigma,
+                  jnp.full_like(sigma, guidance) if config.guidance_embed else None, batch["lengths"])
 
 
-def weights(setting: StepConfig, batch: Batch) -> jax.Array:
-    """What each token counts in each unit, the target last: [B, S, 1, references + 1], 0 on padding."""
-    unit = jnp.where(batch["unit"] == -1, setting.references, batch["unit"])
-    weight = 1 + (setting.mask_weight - 1) * (batch["mask"].astype(jnp.float32) / 255).mean(-1)
+def _units(setting: StepConfig, batch: Batch) -> jax.Array:
+    """The weight of each token in each unit, [B, S, 1, references + 1]; padding has none."""
+    unit = jnp.where(batch["unit"] == -1, setting.references, batch["unit"])  # the target is the last unit
+    weight = 1 + (setting.mask_weight - 1) * batch["mask"].astype(jnp.float32).mean(-1) / 255
     return (jax.nn.one_hot(unit, setting.references + 1) * weight[..., None])[:, :, None]
 
 
-def train_step(state: TrainState, batch: Batch, setting: StepConfig,
-               optimizer: optax.GradientTransformation) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One update; metrics are the loss with its parts and the gradient's norm."""
-    key = jax.random.fold_in(jax.random.key(setting.seed), state.step)
-    (loss, parts), gradient = jax.value_and_grad(loss_fn, has_aux=True)(state.params, setting, batch, key)
-    updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+def train_step(state: TrainState, batch: Batch, setting: StepConfig, optimizer: optax.GradientTransformation
+               ) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One update, at noise and noise levels that the seed and the step decide.
+
+    A loss or gradient that is not finite leaves parameters, optimizer and average as they were. The optimizer may take
+    the step as an extra argument (`acejax.train.optimizer`).
+
+    Returns:
+      The next state, and metrics: `loss` and its parts (`acejax.flow.parts`, with groups `task` and `sigma`),
+      `gradient_norm` before clipping, `skipped` (0 or 1).
+    """
+    sigma_key, noise_key = jax.random.split(jax.random.fold_in(jax.random.key(setting.seed), state.step))
+    shape = batch["target"].shape
+    sigma = flow.sample_sigma(sigma_key, shape[:1], setting.sigma_shift, setting.sigma_spread)
+    noise = jax.random.normal(noise_key, shape, jnp.float32)
+
+    gradient, errors, weights = _gradient(state.params, setting, batch, noise, sigma)
+    bins = jnp.int32(sigma * SIGMA_BINS)  # sigma < 1, but for rounding: one_hot has nothing at SIGMA_BINS
+    loss, parts = flow.parts(errors, weights, {
+        "task": (batch["task"], setting.tasks), "sigma": (jnp.minimum(bins, SIGMA_BINS - 1), SIGMA_BINS)})
+    norm = optax.tree.norm(gradient)
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+
+    optimizer = optax.with_extra_args_support(optimizer)
+    updates, opt_state = optimizer.update(gradient, state.opt_state, state.params, step=state.step)
     params = optax.apply_updates(state.params, updates)
-    metrics = parts | {"loss": loss, "gradient_norm": optax.global_norm(gradient)}
-    return TrainState(state.step + 1, params, opt_state), metrics
+    ema = state.ema
+    if setting.ema:
+        decay = jnp.minimum(setting.ema, (1 + state.step) / (10 + state.step))  # short at first: the start is forgotten
+        ema = jax.tree.map(lambda average, leaf: decay * average + (1 - decay) * leaf.astype(jnp.float32), ema, params)
+    changed = jax.tree.map(lambda new, old: jnp.where(finite, new, old), (params, opt_state, ema),
+                           (state.params, state.opt_state, state.ema))
+    skipped = 1 - finite.astype(jnp.int32)
+    metrics = parts | {"loss": loss, "gradient_norm": norm, "skipped": skipped}
+    return TrainState(state.step + 1, *changed, state.skipped + skipped), metrics
+
+
+def _gradient(params: Any, setting: StepConfig, batch: Batch, noise: jax.Array, sigma: jax.Array
+              ) -> tuple[Any, jax.Array, jax.Array]:
+    """The gradient of the loss in float32 (or the parameters' dtype, without accumulation), errors and weights."""
+    total = jnp.maximum(64 * _units(setting, batch).sum(), 1e-9)
+
+    def part(carry, xs):
+        def loss(params):
+            errors, weights = velocity_errors(params, setting, *xs)
+            return errors.sum() / total, (errors, weights)
+
+        gradient, sums = jax.grad(loss, has_aux=True)(params)
+        return gradient if carry is None else jax.tree.map(jnp.add, carry, gradient), sums
+
+    if setting.accumulate == 1:
+        return (lambda gradient, sums: (gradient, *sums))(*part(None, (batch, noise, sigma)))
+
+    def split(x):  # every part has rows of every device: neighbours go to different parts
+        return x.reshape(x.shape[0] // setting.accumulate, setting.accumulate, *x.shape[1:]).swapaxes(0, 1)
+
+    def join(x):
+        return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])
+
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), params)
+    gradient, sums = jax.lax.scan(part, zeros, jax.tree.map(split, (batch, noise, sigma)))
+    return gradient, *map(join, sums)

@@ -9,11 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from acejax import flow
 from acejax.data.subset import Subset
 from acejax.train.held import Held
 from acejax.train.samples import Decode, Samples
-from acejax.train.step import Batch, StepConfig, predict, weights
+from acejax.train.step import Batch, StepConfig, velocity_errors
 
 
 class Losses:
@@ -64,13 +63,8 @@ class Losses:
 def _errors(params: Any, batch: Batch, *, setting: StepConfig, sigmas: tuple[float, ...]
             ) -> tuple[jax.Array, jax.Array]:
     """Squared errors [sigmas, B, units] of a batch with `noise`, and the weights [B, units] that they have."""
-    x0, noise = batch["target"].astype(jnp.float32), batch["noise"]
-    counted = weights(setting, batch)
-
     def at(sigma: jax.Array) -> tuple[jax.Array, jax.Array]:
-        sigma = jnp.full(x0.shape[:1], sigma)
-        velocity = predict(params, setting, batch, flow.interpolate(x0, noise, sigma), sigma)
-        return flow.squared_errors(velocity, flow.target(x0, noise), counted)
+        return velocity_errors(params, setting, batch, batch["noise"], jnp.full(batch["lengths"].shape, sigma))
 
     errors, counts = jax.lax.map(at, jnp.array(sigmas, jnp.float32))  # one level at a time: one level's memory
     return errors, counts[0]

@@ -115,6 +115,22 @@ def identify(source: Source, kind: type | None = None, config: Config | None = N
     return Model(path, found, layout, {key: inside[key] for key in expected}, names, twins, extra, ignored)
 
 
+def grown(model: Model, grow: int | str) -> Model:
+    """A transformer with `img_in` widened, as `open_model` says.
+
+    Raises:
+      UserError: another model, or channels that do not grow to those.
+    """
+    if not isinstance(model.config, MMDiTConfig):
+        raise UserError(f"{model.path}: found a {KINDS[type(model.config)][0]}; only a transformer grows")
+    key = keymaps.layouts_of(model.config)[model.layout].key("img_in/kernel")
+    try:
+        config, tensors = _grow(model.config, dict(model.tensors), key, grow, True)
+    except UserError as error:
+        raise UserError(f"{model.path}: {error}") from None
+    return dataclasses.replace(model, config=config, tensors=tensors)
+
+
 def pipeline(folder: pathlib.Path) -> dict[str, pathlib.Path]:
     """The models of a diffusers pipeline's folder, by the names of their folders; empty for any other path."""
     if not exists(folder / "model_index.json"):

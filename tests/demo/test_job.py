@@ -14,7 +14,7 @@ from acejax.demo.weights import load_editor
 from acejax.edit.files import read_picture
 
 SMALL = ("--config.steps=30 --config.data.samples=40 --config.evaluate.samples=6 --config.evaluate.held=4 "
-         "--config.evaluate.steps=2 --config.log_every=5 --config.model.hidden_size=32 --config.model.num_heads=2 "
+         "--config.evaluate.steps=2 --config.watch.every=5 --config.model.hidden_size=32 --config.model.num_heads=2 "
          "--config.model.depth_single_blocks=1 --config.model.axes_dim=(4,6,6)")
 
 

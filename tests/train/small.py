@@ -49,7 +49,8 @@ def make_config(batch_sizes: tuple[tuple[int, int], ...] = SIZES):
     exec((folder() / "demo.py").read_text(), namespace)
     config = namespace["get_config"]()
     config.model.update(MODEL)
-    config.update({"steps": STEPS, "log_every": 1, "checkpoint_every": 4, "data": {"batch_sizes": batch_sizes}})
+    config.update({"steps": STEPS, "watch": {"every": 1}, "checkpoint": {"every": 4},
+                   "data": {"batch_sizes": batch_sizes}})
     return config
 
 

@@ -83,11 +83,14 @@ def test_mistakes_leave_nothing_behind(tmp_path):
     bad_model.model.num_heads = 3
     bad_execution = make_config()
     bad_execution.execution.attention = "flash"
-    no_reading, no_warmup = make_config(), make_config()
-    del no_reading.reading, no_warmup.optimizer.warmup
+    no_rate, misspelt, uneven = make_config(), make_config(), make_config()
+    del no_rate.optimizer.learning_rate
+    misspelt.wach = {"every": 1}
+    uneven.optimizer.accumulate = 3
     for config, message in ((bad_mesh, "mesh"), (bad_model, "num_heads 3"), (bad_execution, "'flash'; known: auto"),
-                            (no_reading, "config.reading is missing"),
-                            (no_warmup, r"config\.optimizer\.warmup is missing")):
+                            (no_rate, r"config\.optimizer\.learning_rate is missing"),
+                            (misspelt, r"config\.wach: no such field; expected seed, steps"),
+                            (uneven, "in 3 parts one after the other")):
         with pytest.raises(UserError, match=message):
             train(config, tmp_path / "run", make_stream())
     assert not (tmp_path / "run").exists()

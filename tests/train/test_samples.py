@@ -89,10 +89,12 @@ def test_a_model_that_knows_the_target_is_scored_best(mesh, monkeypatch):
     """The velocity of the sample itself, (x - x0) / sigma, ends at x0; prompts are found by the whole table's index."""
     step = setting(mesh)
 
-    def perfect(params, setting, batch, noisy, sigma, guidance):
-        return (noisy - batch["target"]) / sigma[:, None, None]
+    def perfect(config, params, seen, execution):
+        noisy, x0, sigma = seen
+        return (noisy - x0) / sigma[:, None, None]
 
-    monkeypatch.setattr(samples, "predict", perfect)
+    monkeypatch.setattr(samples, "tokens", lambda config, batch, noisy, sigma, _: (noisy, batch["target"], sigma))
+    monkeypatch.setattr(samples, "apply", perfect)
     asked = []
     make = Samples(step, Held(table(), mesh, dict(SIZES), 7), 2, 4, 1.0, mesh, decode,
                    lambda index: asked.append(index) or f"sample {index}")

@@ -17,7 +17,7 @@ from acejax.model.mmdit import init
 from acejax.parallel import rules
 from acejax.parallel.mesh import make_mesh
 from acejax.train.held import Held
-from acejax.train.step import StepConfig, predict, weights
+from acejax.train.step import StepConfig, velocity_errors
 from acejax.train.validate import Losses
 from tests.train.small import SIZES, Table, make_config
 
@@ -89,7 +89,7 @@ def test_a_digest_names_the_samples_and_their_order():
 
 @pytest.mark.parametrize("in_channels", (64, 384, 448))
 def test_losses_are_means_of_the_training_loss(in_channels):
-    """Against flow.loss over the whole table as one batch."""
+    """Against the whole table as one batch."""
     found = once() if in_channels == 448 else losses({"data": 1}, in_channels=in_channels)
     mesh = make_mesh({"data": 1}, jax.devices()[:1])
     step = setting(mesh, in_channels)
@@ -97,10 +97,8 @@ def test_losses_are_means_of_the_training_loss(in_channels):
     (whole,) = held.batches(range(12))
     batch, parts = held.feed(whole), []
     for sigma in SIGMAS:
-        levels = jnp.full((12,), sigma)
-        noisy = flow.interpolate(batch["target"], batch["noise"], levels)
-        velocity = predict(parameters(step.config), step, batch, noisy, levels)
-        parts.append(flow.loss(velocity, batch["noise"] - batch["target"], weights(step, batch), batch["task"], 4))
+        sums = velocity_errors(parameters(step.config), step, batch, batch["noise"], jnp.full((12,), sigma))
+        parts.append(flow.parts(*sums, {"task": (batch["task"], 4)}))
     expected = {f"sigma/{sigma}": float(loss) for sigma, (loss, _) in zip(SIGMAS, parts, strict=True)}
     expected |= {"loss": np.mean([loss for loss, _ in parts]), "L_tar": np.mean([part["tar"] for _, part in parts])}
     expected |= {f"L_ref/{k + 1}": np.mean([part["ref"][k] for _, part in parts]) for k in range(2)}

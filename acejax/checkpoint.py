@@ -24,6 +24,7 @@ from acejax.model.config import AutoencoderConfig, CLIPConfig, MMDiTConfig, T5Co
 _KINDS = {kind.__name__: kind for kind in (MMDiTConfig, AutoencoderConfig, T5Config, CLIPConfig)}
 _LIBRARIES = ("acejax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
 _BLOCK = 2**22  # numbers
+_GROUP = 2**26  # bytes of small leaves that one program sums: XLA on a CPU makes a copy of each
 
 
 class Checkpoints:
@@ -43,6 +44,7 @@ class Checkpoints:
         self._workdir = epath.Path(workdir).expanduser().resolve()  # Orbax wants absolute paths
         self._folder = self._workdir / "checkpoints"
         self._kept = _Kept(keep, best, {})
+        _hush()
         options = ocp.CheckpointManagerOptions(preservation_policy=self._kept, cleanup_tmp_directories=True)
         self._manager = _Manager(self._folder, options=options)
         for step in self._manager.all_steps():
@@ -136,7 +138,6 @@ class Checkpoints:
             state = ocp.StandardCheckpointHandler(restore_concurrent_gb=_concurrent(like)).restore(
                 self._folder / str(step) / "state", args=ocp.args.StandardRestore(like))
         except Exception as error:  # whatever files, JSON, OCDBT and Orbax make of what is not whole
-            _hush()
             problem = _reason(error)
         if _anywhere(problem is not None):
             return None, problem or "another process cannot read its part"
@@ -217,7 +218,13 @@ def _checksums(tree: Any) -> dict[str, list[Any]]:
     devices is cheaper than reading files again.
     """
     leaves = _by_path(tree)
-    sums = jax.device_get(_sums(tuple(leaves.values())))
+    groups, size = [[]], 0
+    for leaf in leaves.values():
+        if size + leaf.nbytes > _GROUP:
+            groups, size = [*groups, []], 0
+        groups[-1].append(leaf)
+        size += leaf.nbytes
+    sums = [value for group in groups for value in jax.device_get(_sums(tuple(group)))]
     return {path: [str(leaf.dtype), int(value)] for (path, leaf), value in zip(leaves.items(), sums, strict=True)}
 
 
@@ -269,7 +276,7 @@ def _reason(error: BaseException) -> str:
 
 @functools.cache
 def _hush() -> None:
-    """TensorStore tells at length of each read that fails after the first one, whose exception has told of them all."""
+    """TensorStore tells at length of each read or write that fails after the first, whose exception tells of all."""
     usual, known = sys.unraisablehook, ("TensorStore", "vent loop is closed")
     sys.unraisablehook = lambda told: None if any(name in str(told.exc_value) for name in known) else usual(told)
 
@@ -307,6 +314,7 @@ def load_weights(path: epath.PathLike, ema: bool = False) -> tuple[Any, Any]:
         raise UserError(f"{path}: says of no model what it is ({type(error).__name__}: {error})") from None
     if not where.exists():
         raise UserError(f"{path}: no parameters there; expected {where}")
+    _hush()
     try:
         with ocp.PyTreeCheckpointer() as checkpointer:
             tree = checkpointer.metadata(where).item_metadata.tree
@@ -316,7 +324,6 @@ def load_weights(path: epath.PathLike, ema: bool = False) -> tuple[Any, Any]:
             args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
             restored = checkpointer.restore(where, args=ocp.args.PyTreeRestore(tree, args, partial_restore=True))
     except Exception as error:  # whatever Orbax makes of files that are not its own, or not whole
-        _hush()
         raise UserError(f"{where}: cannot be read as an Orbax checkpoint ({type(error).__name__})") from None
     if not wanted:
         return config, restored

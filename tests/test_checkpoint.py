@@ -4,6 +4,8 @@ import dataclasses
 import json
 import pathlib
 import shutil
+import subprocess
+import sys
 from typing import Any
 
 import jax
@@ -13,6 +15,7 @@ import pytest
 
 from acejax import UserError, checkpoint
 from acejax.checkpoint import Checkpoints
+from tests.counts import count
 
 
 @jax.tree_util.register_dataclass
@@ -183,3 +186,29 @@ def test_weights_of_a_workdir(tmp_path):
     flip(files(tmp_path / "without", 1, "state")[-1])
     with pytest.raises(UserError, match="has other numbers than were saved"):
         checkpoint.load_weights(tmp_path / "without")
+
+
+MEGABYTES, FIXED = count((200, 100), (1000, 0))  # of the state; and what does not grow with it: OCDBT's cache and more
+
+
+@pytest.fixture(scope="module")
+def big(tmp_path_factory):
+    """A float32 state, saved from one mesh."""
+    return tmp_path_factory.mktemp("big")
+
+
+def measured(big: pathlib.Path, order: str) -> dict[str, int]:
+    done = subprocess.run([sys.executable, "-m", "tests.checkpoint_memory", str(big), str(MEGABYTES), order],
+                          cwd=pathlib.Path(__file__).parents[1], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc/self/clear_refs").exists(), reason="only Linux tells the peak")
+def test_memory(big):
+    """Saving takes a copy of the state; restoring on another mesh, in another dtype, no more than one besides it."""
+    saved = measured(big, "save")
+    assert saved["save"] < saved["state"] + (FIXED + 50) * 10**6
+    for dtype in ("float32", "bfloat16"):
+        found = measured(big, dtype)
+        assert found["restore"] < found["state"] + saved["state"] + FIXED * 10**6, dtype

@@ -111,7 +111,8 @@ def run(config: ml_collections.ConfigDict, workdir: epath.PathLike, setup_second
     started = time.time()
     note = {"command": f"acejax demo --config.seed={config.seed} --config.steps={config.steps}",
             "train_seconds": round(seconds["train"], 1)}
-    weights.save(workdir / "weights", MMDiTConfig(**config.model), state.params, autoencoder, note)
+    params = state.params if state.ema is None else state.ema
+    weights.save(workdir / "weights", MMDiTConfig(**config.model), params, autoencoder, note)
     editor = weights.load_editor(workdir / "weights", config.evaluate.steps)  # what is judged is what is saved
     test, held = ({task: [row for row in rows if row["task"] == task] for task in TASKS}
                   for rows in (list(map(decoded, dataset.read(folder, split))) for split in ("test", "held")))

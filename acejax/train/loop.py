@@ -1,6 +1,7 @@
 """The training loop, top to bottom: mesh, state, compiled steps, batches, checkpoints, metrics."""
 
 import concurrent.futures
+import contextlib
 import functools
 import sys
 import time
@@ -68,13 +69,14 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike, stream: St
         export that can't be written.
       Preempted: SIGTERM reached a process of the run; the step is saved.
     """
-    with Preemption() as preemption:
-        return _train(config, workdir, stream, until, preemption)
+    with contextlib.ExitStack() as held:
+        return _train(config, workdir, stream, until, held)
 
 
 def _train(config: ml_collections.ConfigDict, workdir: epath.PathLike, stream: Stream, until: int | None,
-           preemption: Preemption) -> tuple[TrainState, dict[str, float]]:
+           held: contextlib.ExitStack) -> tuple[TrainState, dict[str, float]]:
     run, mesh = check(config)
+    preemption = held.enter_context(Preemption())
     claim(workdir, config.to_dict(), FREE)
     how = run.execution
     setting = run.setting(Execution(how.dtype, how.attention, how.remat, rules.constrain(mesh), rules.share(mesh)),
@@ -99,7 +101,7 @@ def _train(config: ml_collections.ConfigDict, workdir: epath.PathLike, stream: S
     seconds = {"compile": time.time() - started}
 
     rate = jax.jit(learning_rate(run.optimizer, run.steps))
-    writer = Writer(workdir, start)
+    writer = held.enter_context(contextlib.closing(Writer(workdir, start)))
     exports = Exports(workdir, run.model, run.checkpoint.export_layout)
     done = start
     waiting: list[dict[str, jax.Array]] = []
@@ -133,7 +135,6 @@ def _train(config: ml_collections.ConfigDict, workdir: epath.PathLike, stream: S
     seconds["train"] = writer.seconds + time.time() - started if start < stop else writer.seconds
     checkpoints.close()
     exports.close()
-    writer.close()
     if start < done < stop:
         print(f"preempted: step {done} is saved; the same command goes on from there", flush=True)
         raise Preempted(done)

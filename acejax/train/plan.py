@@ -6,7 +6,7 @@ Memory is `acejax.train.plan_memory`. A step takes the longer of its products, a
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from acejax.errors import UserError
 from acejax.model import flops
@@ -14,7 +14,7 @@ from acejax.parallel import rules
 from acejax.parallel.chips import Chip
 from acejax.parallel.mesh import AXES, abstract_mesh
 from acejax.train.config import TrainConfig
-from acejax.train.plan_memory import Memory, attention_of, memory
+from acejax.train.plan_memory import Memory, attention_of, memory, state_bytes
 
 USABLE = 0.95  # of a device's memory; the runtime takes some
 GB, TERA = 1e9, 1e12
@@ -88,9 +88,9 @@ class Plan:
         """The plan in a line, as training prints it."""
         step, name = self.largest, "cpu" if self.chip is None else self.chip.name
         axes = " x ".join(f"{axis} {size}" for axis, size in self.mesh.items() if size > 1) or "one device"
-        parts = [f"plan: {self.devices} {name} ({axes})",
-                 f"{step.samples} samples of {step.image}+{self.text} tokens",
-                 f"{step.memory.total / GB:.1f}{'' if self.chip is None else f' of {self.chip.hbm / GB:.0f}'} GB a device"]
+        there = "" if self.chip is None else f" of {self.chip.hbm / GB:.0f}"
+        parts = [f"plan: {self.devices} {name} ({axes})", f"{step.samples} samples of {step.image}+{self.text} tokens",
+                 f"{step.memory.total / GB:.2f}{there} GB a device"]
         if step.seconds is not None:
             parts.append(f"{step.seconds:.2f} s a step at {self.efficiency:.0%}, MFU {step.mfu:.0%}")
         parts.append(f"{step.flops / TERA:.3g} TFLOP a step, {step.attention} attention, remat {self.remat}")
@@ -174,18 +174,13 @@ def _sent(run: TrainConfig, mesh, samples: int, tokens: int) -> float:
     """
     size = 2 if run.execution.dtype == "bfloat16" else 4
     data, fsdp, tensor, seq = (mesh.shape[axis] for axis in AXES)
-    parameters = size * _count(run) / tensor
+    parameters = size * state_bytes(run.model, run.optimizer, abstract_mesh({}, 1))[0] / 4 / tensor
     activation = size * samples / (data * fsdp) * tokens / seq * run.model.hidden_size
     blocks, passes = run.model.depth + run.model.depth_single_blocks, 2 if run.execution.remat == "none" else 3
     return (3 * parameters * run.optimizer.accumulate * (fsdp - 1) / fsdp
             + 2 * parameters / fsdp * (data - 1) / data
             + 2 * 2 * passes * blocks * activation * (tensor - 1) / tensor
             + 4 * passes * blocks * activation / tensor * (seq - 1) / seq)
-
-
-def _count(run: TrainConfig) -> float:
-    """Parameters of the model."""
-    return memory(run, abstract_mesh({}, 1), 1, 1, 1, "cpu").parameters / 4
 
 
 def _advice(run: TrainConfig, found: Plan, buckets: Mapping[int, int]) -> str:
@@ -213,7 +208,7 @@ def _advice(run: TrainConfig, found: Plan, buckets: Mapping[int, int]) -> str:
     return "no setting and no number of these devices makes it fit"
 
 
-def _changes(run: TrainConfig, found: Plan, buckets: Mapping[int, int]) -> Iterator[tuple[str, object]]:
+def _changes(run: TrainConfig, found: Plan, buckets: Mapping[int, int]) -> Iterator[tuple[str, Callable]]:
     def optimizer(**fields):
         return lambda run: dataclasses.replace(run, optimizer=dataclasses.replace(run.optimizer, **fields))
 
@@ -235,5 +230,3 @@ def _changes(run: TrainConfig, found: Plan, buckets: Mapping[int, int]) -> Itera
         yield "config.mesh of fsdp alone", lambda run: dataclasses.replace(run, mesh={"fsdp": -1})
     if run.optimizer.ema:
         yield "config.optimizer.ema=0", optimizer(ema=0.0)
-    if run.optimizer.name != "muon":
-        yield "config.optimizer.name=muon", optimizer(name="muon")

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import re
 import time
+from collections.abc import Set
 from typing import Any
 
 import jax
@@ -82,9 +83,10 @@ def compile_step(run: TrainConfig, samples: int, image: int, text: int) -> Compi
     started = time.perf_counter()
     compiled = step.lower(state, batch).compile(OPTIONS if jax.default_backend() == "cpu" else None)
     seconds = time.perf_counter() - started
-    memory, text = compiled.memory_analysis(), compiled.as_text()
-    return Compiled(memory.argument_size_in_bytes, memory.temp_size_in_bytes, seconds,
-                    stack_gathers(text, state.params), repeated_reductions(text, state.params, samples))
+    memory, hlo = compiled.memory_analysis(), compiled.as_text()
+    part = samples // run.optimizer.accumulate
+    return Compiled(memory.argument_size_in_bytes, memory.temp_size_in_bytes, seconds, stack_gathers(hlo, state.params),
+                    repeated_reductions(hlo, state.params, {samples, part, image, text, image + text}))
 
 
 def _place(tree: Any, places: Any) -> Any:
@@ -98,17 +100,17 @@ def stack_gathers(hlo: str, params: Any) -> tuple[str, ...]:
                  if len(shape) > 2 and shape[0] in lengths)
 
 
-def repeated_reductions(hlo: str, params: Any, samples: int) -> tuple[str, ...]:
+def repeated_reductions(hlo: str, params: Any, others: Set[int]) -> tuple[str, ...]:
     """Kernels' shapes, without the layers, that more reductions have than there are kernels of that shape.
 
-    A kernel with an axis as long as the batch can't be told from vectors of all samples, and is left out.
+    A kernel with an axis of a size in `others`, those of a batch, can't be told from activations and is left out.
     """
     flat, _ = jax.tree_util.tree_flatten_with_path(params)
     kernels = collections.Counter()
     for keys, leaf in flat:
         if (path := rules.path_of(keys)).endswith("kernel"):
             shape = leaf.shape[1:] if path.startswith(STACKS) else leaf.shape
-            kernels[_name(shape)] += samples not in shape
+            kernels[_name(shape)] += others.isdisjoint(shape)
     found = collections.Counter(_name(shape) for _, shape in _results(hlo, "all-reduce", "reduce-scatter"))
     return tuple(f"[{name}]: {found[name]} for {count}" for name, count in kernels.items() if found[name] > count > 0)
 

@@ -115,7 +115,7 @@ def memory(run: TrainConfig, mesh: AbstractMesh, samples: int, image: int, text:
     """
     model, dtype, held = run.model, jnp.dtype(run.execution.dtype), BACKENDS[backend]
     tensor, seq, accumulate = mesh.shape["tensor"], mesh.shape["seq"], run.optimizer.accumulate
-    parameters, optimizer = _state(model, run.optimizer, mesh)
+    parameters, optimizer = state_bytes(model, run.optimizer, mesh)
     local = samples / rules.batch_parts(mesh, accumulate)
     tokens = image + text
     array = local * tokens / seq * model.hidden_size * dtype.itemsize
@@ -147,7 +147,7 @@ def attention_of(name: str, tokens: int) -> str:
 
 
 @functools.lru_cache(maxsize=32)
-def _state(model: MMDiTConfig, config: OptimizerConfig, mesh: AbstractMesh) -> tuple[float, float]:
+def state_bytes(model: MMDiTConfig, config: OptimizerConfig, mesh: AbstractMesh) -> tuple[float, float]:
     """Bytes of one device: float32 parameters, and the optimizer's state, by the rules of `acejax.parallel.rules`."""
     params = jax.eval_shape(functools.partial(init, model), jax.random.key(0))
     state = jax.eval_shape(make_optimizer(config, 1).init, params)

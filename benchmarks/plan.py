@@ -22,7 +22,7 @@ GB = 1e9
 
 
 def main(argv: list[str]) -> int:
-    """Compile at each number of devices; 1 where a plan is off by more than 10 % or 256 devices need 5 GB of scratch."""
+    """Compile at each size; 1 where a plan is off by more than 10 %, or 256 devices need 5 GB of scratch."""
     parser = argparse.ArgumentParser(prog="acejax bench plan", description=__doc__.splitlines()[0])
     parser.add_argument("--devices", type=int, nargs="+", default=DEVICES)
     parser.add_argument("--json", type=Path, default=Path(__file__).parent / "results" / "plan.json")
@@ -41,13 +41,12 @@ def main(argv: list[str]) -> int:
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, virtual CPU devices",
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")},
         "rows": rows, "holds": good}, indent=1) + "\n")
-    print(f"\n{'devices':>7} {'XLA arguments':>14} {'temporaries':>12} {'plan arguments':>15} {'temporaries':>12} {'off':>6} "
-          f"{'compile s':>9}")
+    print("\ndevices  XLA arguments  temporaries  plan arguments  temporaries     off  compile s")
     for one in rows:
         xla, planned = one["xla"], one["plan"]
         print(f"{one['devices']:7} {xla['arguments GB']:14.3f} {xla['temporaries GB']:12.3f} "
-              f"{planned['arguments GB']:15.3f} {planned['temporaries GB']:12.3f} {one['off']:+6.1%} "
-              f"{one['compile seconds']:9.1f}")
+              f"{planned['arguments GB']:15.3f} {planned['temporaries GB']:12.3f} {one['off']:+7.1%} "
+              f"{one['compile seconds']:10.1f}")
     return 0 if good else 1
 
 

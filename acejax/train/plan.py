@@ -191,19 +191,19 @@ def _advice(run: TrainConfig, found: Plan, buckets: Mapping[int, int]) -> str:
         except UserError:  # a batch that does not fall into so many parts
             return False
 
-    together, names = run, []
+    together, names = run, {}  # by field: the last value tried
     for name, change in _changes(run, found, buckets):
         if fits(change(run)):
             return f"{name} makes it fit"
         together = change(together)
-        names.append(name)
+        names[name.partition("=")[0]] = name
         if len(names) > 1 and fits(together):
-            return f"{' and '.join(names)} make it fit"
+            return f"{' and '.join(names.values())} make it fit"
     for power in range(1, 11):
         factor = 2**power
         wider = dataclasses.replace(together, mesh={"fsdp": -1})
         if fits(wider, found.devices * factor, {tokens: count * factor for tokens, count in buckets.items()}):
-            also = f" with {' and '.join(names)}" if names else ""
+            also = f" with {' and '.join(names.values())}" if names else ""
             return f"{found.devices * factor} devices, sharded over fsdp{also}, make it fit"
     return "no setting and no number of these devices makes it fit"
 

@@ -101,18 +101,15 @@ def stack_gathers(hlo: str, params: Any) -> tuple[str, ...]:
 
 
 def repeated_reductions(hlo: str, params: Any, others: Set[int]) -> tuple[str, ...]:
-    """Kernels' shapes, without the layers, that more reductions have than there are kernels of that shape.
+    """Shapes of the stacks' kernels, without the layers, that more reductions have than there are such kernels.
 
     A kernel with an axis of a size in `others`, those of a batch, can't be told from activations and is left out.
     """
-    flat, _ = jax.tree_util.tree_flatten_with_path(params)
-    kernels = collections.Counter()
-    for keys, leaf in flat:
-        if (path := rules.path_of(keys)).endswith("kernel"):
-            shape = leaf.shape[1:] if path.startswith(STACKS) else leaf.shape
-            kernels[_name(shape)] += others.isdisjoint(shape)
+    kernels = collections.Counter(
+        _name(leaf.shape[1:]) for keys, leaf in jax.tree_util.tree_flatten_with_path(params)[0]
+        if re.match(rf"({'|'.join(STACKS)})/.*kernel$", rules.path_of(keys)) and others.isdisjoint(leaf.shape[1:]))
     found = collections.Counter(_name(shape) for _, shape in _results(hlo, "all-reduce", "reduce-scatter"))
-    return tuple(f"[{name}]: {found[name]} for {count}" for name, count in kernels.items() if found[name] > count > 0)
+    return tuple(f"[{name}]: {found[name]} for {count}" for name, count in kernels.items() if found[name] > count)
 
 
 def _name(shape: tuple[int, ...]) -> str:

@@ -139,10 +139,13 @@ def plan(run: TrainConfig, buckets: Mapping[int, int], text: int, chip: Chip | N
 def _plan(run: TrainConfig, buckets: Mapping[int, int], text: int, chip: Chip | None, devices: int,
           efficiency: float) -> Plan:
     mesh = abstract_mesh(run.mesh, devices)
+    rules.check_heads(mesh, run.model.num_heads)
+    rules.check_tokens(mesh, "text", text)
     backend = "cpu" if chip is None else chip.platform
     steps = []
     for image, samples in buckets.items():
         rules.check_batch(mesh, samples, run.optimizer.accumulate)
+        rules.check_tokens(mesh, "image", image)
         held = memory(run, mesh, samples, image, text, backend)
         once = flops.forward(run.model, text, image, samples)
         model, hardware = 3 * once.total, 3 * once.total + _recomputed(run, once, text + image)

@@ -72,7 +72,8 @@ def compile_step(run: TrainConfig, samples: int, image: int, text: int) -> Compi
     mesh = meshes.make_mesh(run.mesh)
     rules.check_batch(mesh, samples, run.optimizer.accumulate)
     how = run.execution
-    setting = run.setting(Execution(how.dtype, how.attention, how.remat, rules.constrain(mesh)), references=1, tasks=8)
+    setting = run.setting(Execution(how.dtype, how.attention, how.remat, rules.constrain(mesh), rules.share(mesh)),
+                          references=1, tasks=8)
     optimizer = make_optimizer(run.optimizer, run.steps)
     state = jax.eval_shape(functools.partial(init_state, setting, optimizer))
     placed = rules.shardings(state, mesh)
@@ -101,15 +102,20 @@ def stack_gathers(hlo: str, params: Any) -> tuple[str, ...]:
 
 
 def repeated_reductions(hlo: str, params: Any, others: Set[int]) -> tuple[str, ...]:
-    """Shapes of the stacks' kernels, without the layers, that more reductions have than there are such kernels.
+    """Shapes of the stacks' kernels, without the layers, that more reductions have than there are kernels of that shape.
 
     A kernel with an axis of a size in `others`, those of a batch, can't be told from activations and is left out.
     """
-    kernels = collections.Counter(
-        _name(leaf.shape[1:]) for keys, leaf in jax.tree_util.tree_flatten_with_path(params)[0]
-        if re.match(rf"({'|'.join(STACKS)})/.*kernel$", rules.path_of(keys)) and others.isdisjoint(leaf.shape[1:]))
+    kernels, stacked = collections.Counter(), set()
+    for keys, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
+        if (path := rules.path_of(keys)).endswith("kernel"):
+            shape = leaf.shape[1:] if path.startswith(STACKS) else leaf.shape
+            kernels[_name(shape)] += 1
+            if path.startswith(STACKS) and others.isdisjoint(shape):
+                stacked.add(_name(shape))
     found = collections.Counter(_name(shape) for _, shape in _results(hlo, "all-reduce", "reduce-scatter"))
-    return tuple(f"[{name}]: {found[name]} for {count}" for name, count in kernels.items() if found[name] > count)
+    return tuple(f"[{name}]: {found[name]} for {kernels[name]}" for name in sorted(stacked)
+                 if found[name] > kernels[name])
 
 
 def _name(shape: tuple[int, ...]) -> str:

@@ -102,7 +102,7 @@ def stack_gathers(hlo: str, params: Any) -> tuple[str, ...]:
 
 
 def repeated_reductions(hlo: str, params: Any, others: Set[int]) -> tuple[str, ...]:
-    """Shapes of the stacks' kernels, without the layers, that more reductions have than there are kernels of that shape.
+    """Shapes of the stacks' kernels, without the layers, that more reductions have than there are such kernels.
 
     A kernel with an axis of a size in `others`, those of a batch, can't be told from activations and is left out.
     """

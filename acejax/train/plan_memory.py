@@ -128,7 +128,7 @@ def memory(run: TrainConfig, mesh: AbstractMesh, samples: int, image: int, text:
         batch=sum(leaf.size * leaf.dtype.itemsize for leaf in batch.values()) * samples / rules.batch_parts(mesh),
         gradients=parameters * (1 if accumulate == 1 else 2), saved=saved,
         working=array * ((held.mlp + held.heads) / tensor + held.hidden)
-        + _logits(run, local, tokens, held) / tensor,
+        + _logits(run, local, tokens, held) / (tensor * seq),
         gathered=held.gathered(model, dtype.itemsize) / tensor,
         vectors=4 * samples / accumulate * model.hidden_size * VECTORS, reserve=held.reserve)
 

@@ -5,12 +5,12 @@ was, on any number of hosts and workers.
 """
 
 import collections
+import copy
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import grain
-import jax
 import numpy as np
 from absl import flags
 
@@ -76,7 +76,6 @@ class Stream:
       batch_sizes: samples of a batch, over all processes, for each bucket.
       seed: of order and draws.
       max_broken: the share of broken samples that stops the run.
-      process: index and number of the processes; None asks jax.
 
     Attributes:
       tasks: their names; a batch's `task` is an index into them.
@@ -87,7 +86,7 @@ class Stream:
     """
 
     def __init__(self, table: Table, stages: Sequence[Stage], buckets: Sequence[int], batch_sizes: Mapping[int, int],
-                 seed: int, max_broken: float = 0.01, process: tuple[int, int] | None = None):
+                 seed: int, max_broken: float = 0.01):
         if not len(table):
             raise UserError("there is no sample to train on")
         if (most := int(np.max(table.tokens))) > max(buckets):
@@ -98,7 +97,13 @@ class Stream:
                           token_buckets.assign(table.tokens, sorted(buckets)))
         self.schedule = Schedule(samples, stages, batch_sizes, seed)
         self._seed, self._max_broken = seed, max_broken
-        self._process = (jax.process_index(), jax.process_count()) if process is None else process
+        self._parts, self._count = (0,), 1
+
+    def share(self, parts: Sequence[int], count: int) -> "Stream":
+        """The same batches, cut into `count` equal parts, of which `parts` are read (`acejax.parallel.batch`)."""
+        stream = copy.copy(self)
+        stream._parts, stream._count = tuple(parts), count
+        return stream
 
     def __getitem__(self, step: int) -> Batch:
         return self._batch(self.schedule[step])
@@ -131,11 +136,9 @@ class Stream:
             yield batch
 
     def _batch(self, draw: Draw) -> Batch:
-        size = self.batch_sizes[draw.bucket]
-        index, count = self._process
-        rows, skipped = [], []
-        for row in np.array_split(np.arange(size), count)[index]:
-            rows.append(self._row(draw, int(row), skipped))
+        size = self.batch_sizes[draw.bucket] // self._count
+        skipped: list[str] = []
+        rows = [self._row(draw, part * size + row, skipped) for part in self._parts for row in range(size)]
         return Batch(draw.bucket, collate(rows, draw.bucket), tuple(skipped))
 
     def _row(self, draw: Draw, row: int, skipped: list[str]) -> Row:

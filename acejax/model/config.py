@@ -193,6 +193,11 @@ def keep(x: "jax.Array", kind: str) -> "jax.Array":
     return x
 
 
+def whole(attention: "Callable[..., jax.Array]") -> "Callable[..., jax.Array]":
+    """The default `Execution.share`: attention as it is."""
+    return attention
+
+
 @dataclasses.dataclass(frozen=True)
 class Execution:
     """How a model is computed. It changes speed, memory and rounding, never what the parameters mean.
@@ -204,13 +209,16 @@ class Execution:
         `for_platform` names the fast kernel of a GPU or TPU.
       remat: what the backward pass recomputes: "none" (keep all), "full" (keep block inputs), "attention" (keep block
         inputs and attention outputs).
-      constrain: `f(x, kind)` pins an activation's sharding; kind is "hidden" [B, S, D] or "heads" [B, S, H, head_dim].
+      constrain: `f(x, kind)` pins an activation's sharding. The kinds: "hidden" [B, S, D]; "heads" [B, S, H, head_dim],
+        queries, keys and values on their way into attention; "tokens" [B, S, H, head_dim], what comes out of it.
+      share: makes of attention `f(q, k, v, lengths)` one that each device runs on its own samples and heads.
     """
 
     dtype: Any = np.float32
     attention: str = "auto"
     remat: str = "none"
     constrain: "Callable[[jax.Array, str], jax.Array]" = keep
+    share: "Callable[[Callable[..., jax.Array]], Callable[..., jax.Array]]" = whole
 
     def __post_init__(self):
         object.__setattr__(self, "dtype", np.dtype(self.dtype))

@@ -108,7 +108,7 @@ class StreamLayers(nn.Module):
     def after(self, attended: jax.Array, kept) -> jax.Array:
         """attended [B, S, heads, head_dim] -> the stream's new value [B, S, D]."""
         x, y, modulation = kept
-        attended = self.proj(attended.reshape(x.shape))
+        attended = self.proj(self.execution.constrain(attended, "tokens").reshape(x.shape))
         if self.parallel:
             (gate,) = modulation
             return x + gate * (attended + self.mlp_out(gelu(self.mlp_in(y))))
@@ -130,8 +130,8 @@ class Scale(nn.Module):
 def attend(qkv, rope, lengths, execution: Execution) -> jax.Array:
     """Joint attention of q, k, v over all their tokens, positions applied; named so that remat can keep it."""
     q, k, v = qkv
-    attended = attention(apply_rope(q, *rope), apply_rope(k, *rope), v, lengths, execution.attention)
-    return checkpoint_name(execution.constrain(attended, "heads"), "attention")
+    each = execution.share(functools.partial(attention, implementation=execution.attention))
+    return checkpoint_name(each(apply_rope(q, *rope), apply_rope(k, *rope), v, lengths), "attention")
 
 
 class DoubleBlock(nn.Module):

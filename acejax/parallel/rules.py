@@ -32,6 +32,7 @@ RULES = (
     (r"", ()),
 )
 BATCH_AXES = ("data", "fsdp")
+HEADS = P(BATCH_AXES, None, ("tensor", "seq"), None)  # [B, S, heads, head_dim] in attention: all tokens of some heads
 
 
 def path_of(keys: tuple[Any, ...]) -> str:
@@ -76,10 +77,39 @@ def check_batch(mesh: Mesh, batch_size: int, accumulate: int = 1) -> None:
 
 
 def constrain(mesh: Mesh) -> Callable[[jax.Array, str], jax.Array]:
-    """The `Execution.constrain` of a mesh: batch axes everywhere, sequence at block edges, heads over `tensor`."""
-    specs = {"hidden": P(BATCH_AXES, "seq", None), "heads": P(BATCH_AXES, None, "tensor", None)}
+    """The `Execution.constrain` of a mesh: samples over the batch axes, tokens over `seq`, heads over `tensor`.
+
+    Attention needs all tokens of a head. "heads" takes its inputs from a device's tokens of all heads to all tokens of
+    its heads, "tokens" takes what it gives back (DeepSpeed-Ulysses, arXiv:2309.14509). Both ends of the way are
+    written out: so XLA makes one all-to-all of it, forward and backward, where one end alone gathers the sequence.
+    """
+    hidden, tokens = P(BATCH_AXES, "seq", None), P(BATCH_AXES, "seq", "tensor", None)
+    ways = {"hidden": (hidden,), "heads": (tokens, HEADS), "tokens": (HEADS, tokens)}
 
     def pin(x: jax.Array, kind: str) -> jax.Array:
-        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, specs[kind]))
+        for spec in ways[kind]:
+            x = jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+        return x
 
     return pin
+
+
+def share(mesh: Mesh) -> Callable[[Callable[..., jax.Array]], Callable[..., jax.Array]]:
+    """The `Execution.share` of a mesh: attention falls apart by samples and heads. TPU kernels must be told so."""
+    def each(attention: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+        return jax.shard_map(attention, mesh=mesh, in_specs=(HEADS, HEADS, HEADS, P(BATCH_AXES)), out_specs=HEADS,
+                             check_vma=False)  # kernels do not say over which axes their results vary
+
+    return each
+
+
+def check_heads(mesh: Mesh, heads: int) -> None:
+    """Raises UserError when a model's attention heads do not fall into equal parts."""
+    if heads % (parts := mesh.shape["tensor"] * mesh.shape["seq"]):
+        raise UserError(f"config.model.num_heads is {heads}, no multiple of tensor x seq = {parts} of the mesh")
+
+
+def check_tokens(mesh: Mesh, name: str, tokens: int) -> None:
+    """Raises UserError when a sample's tokens, of which `name` tells, do not fall into equal parts."""
+    if tokens % (parts := mesh.shape["seq"]):
+        raise UserError(f"{name}: {tokens} tokens are no multiple of the mesh's seq = {parts}")

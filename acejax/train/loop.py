@@ -8,15 +8,14 @@ from typing import Any
 
 import jax
 import ml_collections
-import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 from tqdm import tqdm
 
 from acejax.checkpoint import Checkpoints
 from acejax.data.stream import Stream
-from acejax.errors import UserError
 from acejax.model.config import Execution
+from acejax.parallel import batch as batches
 from acejax.parallel import mesh as meshes
 from acejax.parallel import rules
 from acejax.train.config import TrainConfig
@@ -43,9 +42,8 @@ def check(config: ml_collections.ConfigDict) -> tuple[TrainConfig, Mesh]:
       UserError: as `TrainConfig.of`, a mesh or batch size that can't be, or weights to start from that do not fit.
     """
     run = TrainConfig.of(config)
-    if jax.process_count() > 1:
-        raise UserError("training over several processes is not there yet; one process drives all devices of a host")
     mesh = meshes.make_mesh(run.mesh)
+    rules.check_heads(mesh, run.model.num_heads)
     for _, size in config.get("data", {}).get("batch_sizes", ()):
         rules.check_batch(mesh, size, run.optimizer.accumulate)
     if run.init_from:
@@ -86,8 +84,8 @@ def _train(config: ml_collections.ConfigDict, workdir: epath.PathLike, stream: S
     run, mesh = check(config)
     claim(workdir, config.to_dict(), FREE)
     how = run.execution
-    setting = run.setting(Execution(how.dtype, how.attention, how.remat, rules.constrain(mesh)), stream.references,
-                          len(stream.tasks))
+    setting = run.setting(Execution(how.dtype, how.attention, how.remat, rules.constrain(mesh), rules.share(mesh)),
+                          stream.references, len(stream.tasks))
     optimizer = make_optimizer(run.optimizer, run.steps)
     started = time.time()
     abstract = jax.eval_shape(functools.partial(init_state, setting, optimizer))
@@ -101,7 +99,8 @@ def _train(config: ml_collections.ConfigDict, workdir: epath.PathLike, stream: S
     else:
         state, start = _begin(run, mesh, setting, optimizer, placement), 0
 
-    put = functools.partial(_put, rules.batch_sharding(mesh))
+    stream = stream.share(batches.parts_of(mesh), rules.batch_parts(mesh))
+    put = functools.partial(batches.to_mesh, mesh)
     stop = run.steps if until is None else min(until, run.steps)
     compiled = {} if start >= stop else _compile(state, stream, start, stop, put, placement, setting, optimizer)
     for bucket, program in compiled.items() if dump_hlo else ():
@@ -169,11 +168,6 @@ def _notes(config: ml_collections.ConfigDict, stream: Stream, step: int) -> dict
     return {"config": config.to_dict(), "seed": config.seed,
             "data": {"step": step, "stage": stream.schedule[step].stage,
                      "digest": getattr(stream.table, "digest", None)}}  # pictures read while training have none
-
-
-def _put(sharding: jax.sharding.NamedSharding, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """This process's samples as global arrays."""
-    return {name: jax.make_array_from_process_local_data(sharding, values) for name, values in batch.items()}
 
 
 def _compile(state: Any, stream: Stream, start: int, stop: int, put, placement, setting: StepConfig, optimizer) -> dict:

@@ -66,7 +66,7 @@ def test_stopped_anywhere_it_goes_on_as_it_would_have(workers):
 @pytest.mark.parametrize("processes", [1, 2])
 def test_an_epoch_is_each_sample_once(processes):
     table = Table(960, even=True)
-    streams = [make(table, process=(index, processes)) for index in range(processes)]
+    streams = [make(table).share((index,), processes) for index in range(processes)]
     steps = streams[0].schedule.epoch(0)
     assert steps == int(steps) == 240 / 8 + 240 / 4 + 240 / 4 + 240 / 2
     for epoch in range(2):
@@ -78,7 +78,7 @@ def test_an_epoch_is_each_sample_once(processes):
 
 
 def test_processes_have_the_same_shapes_and_their_own_rows():
-    whole, *parts = [make(Table(4000), STAGES, process=process) for process in ((0, 1), (0, 2), (1, 2))]
+    whole, *parts = [make(Table(4000), STAGES).share(*share) for share in (((0,), 1), ((0,), 2), ((1,), 2))]
     for step in range(0, 200, 3):
         batches = [part[step] for part in parts]
         assert len({batch.bucket for batch in batches}) == 1
@@ -88,7 +88,7 @@ def test_processes_have_the_same_shapes_and_their_own_rows():
 
 
 def test_processes_that_read_ahead_in_workers_have_the_rows_of_one():
-    whole, *parts = [make(Table(400), STAGES, process=process) for process in ((0, 1), (0, 2), (1, 2))]
+    whole, *parts = [make(Table(400), STAGES).share(*share) for share in (((0,), 1), ((0,), 2), ((1,), 2))]
     read = [list(part.batches(55, 65, workers=1)) for part in parts]
     for step, batches in zip(range(55, 65), zip(*read, strict=True), strict=True):
         for name, values in whole[step].arrays.items():

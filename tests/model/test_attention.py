@@ -7,9 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas.ops.tpu import splash_attention
+from jax.sharding import AbstractMesh
 
 from acejax.model.attention import _IMPLEMENTATIONS, attention
 from acejax.model.config import ATTENTION, Execution
+from acejax.parallel import rules
+from acejax.parallel.mesh import AXES
 
 
 def abstract(*shape, dtype=jnp.bfloat16):
@@ -38,6 +41,20 @@ def test_splash_lowers_with_its_gradient_for_tpu():
     exported = jax.export.export(jax.jit(jax.grad(loss, argnums=(0, 1, 2))), platforms=["tpu"])(
         qkv, qkv, qkv, abstract(1, dtype=jnp.int32))
     assert exported.mlir_module().count("tpu_custom_call") >= 2  # forward and backward
+
+
+def test_splash_lowers_on_a_mesh_for_tpu():
+    """Each device's kernels have its own samples (8 over data x fsdp) and heads (24 over tensor x seq)."""
+    share = rules.share(AbstractMesh((2, 2, 2, 2), AXES))(functools.partial(attention, implementation="splash"))
+
+    def loss(q, k, v, lengths):
+        return share(q, k, v, lengths).astype(jnp.float32).sum()
+
+    qkv = abstract(8, 512, 24, 128)
+    traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(qkv, qkv, qkv, abstract(8, dtype=jnp.int32))
+    calls = [line for line in traced.lower(lowering_platforms=("tpu",)).as_text().splitlines()
+             if "tpu_custom_call" in line]
+    assert len(calls) >= 2 and all("tensor<2x6x512x128xbf16>" in call for call in calls)
 
 
 @pytest.mark.parametrize("lengths", [None, (200, 77)])

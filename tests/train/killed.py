@@ -4,9 +4,7 @@ Prints a line as a save begins and as a step is done. FAULT: "disk" fills up wit
 a batch.
 """
 
-import dataclasses
 import os
-import pathlib
 import resource
 import sys
 

@@ -1,6 +1,7 @@
 """The training loop, top to bottom: mesh, state, compiled steps, batches, checkpoints, metrics."""
 
 import concurrent.futures
+import contextlib
 import functools
 import sys
 import time
@@ -114,29 +115,27 @@ def _train(config: ml_collections.ConfigDict, workdir: epath.PathLike, stream: S
     exports = Exports(workdir, run.model, run.checkpoint.export_layout)
     done = start
     bar = tqdm(range(start, stop), initial=start, total=run.steps, unit="step", disable=not sys.stderr.isatty())
-    for step, batch in zip(bar, stream.batches(start, stop, run.reading.threads, run.reading.ahead,
-                                               run.reading.workers), strict=True):
-        with profiler.step(step):
-            state, metrics = compiled[batch.bucket](state, put(batch.arrays))
-        watch.step(metrics, batch, stream.batch_sizes[batch.bucket])
-        done = step + 1
-        profiler.after(done, metrics)
-        leaving = preemption.reached(done)
-        values = watch.report(done, state, last=leaving or done == stop)
-        _show(bar, done, stop, values)
-        checkpoints.check()
-        if done % run.checkpoint.every == 0 or done == stop or leaving:
-            with watch.meter.aside(state.step):
-                checkpoints.save(done, state, values.get("validation/loss"), _notes(config, stream, done))
-        if run.checkpoint.export_every and (done % run.checkpoint.export_every == 0 or done == stop):
-            exports.save(done, state.params if state.ema is None else state.ema)
-        if leaving:
-            break
+    with contextlib.closing(checkpoints), contextlib.closing(exports), contextlib.closing(watch), \
+            contextlib.closing(profiler):  # whatever ends the run: what is being saved is saved
+        for step, batch in zip(bar, stream.batches(start, stop, run.reading.threads, run.reading.ahead,
+                                                   run.reading.workers), strict=True):
+            with profiler.step(step):
+                state, metrics = compiled[batch.bucket](state, put(batch.arrays))
+            watch.step(metrics, batch, stream.batch_sizes[batch.bucket])
+            done = step + 1
+            profiler.after(done, metrics)
+            leaving = preemption.reached(done)
+            values = watch.report(done, state, last=leaving or done == stop)
+            _show(bar, done, stop, values)
+            checkpoints.check()
+            if done % run.checkpoint.every == 0 or done == stop or leaving:
+                with watch.meter.aside(state.step):
+                    checkpoints.save(done, state, values.get("validation/loss"), _notes(config, stream, done))
+            if run.checkpoint.export_every and (done % run.checkpoint.export_every == 0 or done == stop):
+                exports.save(done, state.params if state.ema is None else state.ema)
+            if leaving:
+                break
     seconds["train"] = watch.seconds
-    profiler.close()
-    checkpoints.close()
-    exports.close()
-    watch.close()
     if start < done < stop:
         print(f"preempted: step {done} is saved; the same command goes on from there", flush=True)
         raise Preempted(done)

@@ -47,11 +47,11 @@ def _train(config: ml_collections.ConfigDict, workdir: str, profile: str, dump_h
         agree(workdir, config.to_dict(), loop.FREE)
         features = inputs.make_features(data, model=run.model)
         claim(workdir, config.to_dict(), loop.FREE)  # what failed before this leaves nothing behind
-        claim_data(workdir, features.digest)
         table, held_out, judge = features, None, run.validation
         if judge.every or judge.grid_every:
             table, held, prompt = inputs.make_held_out(data, features, judge.held, judge.sources, run.seed, run.model)
             held_out = HeldOut(held, make_decode(data.encoders) if judge.grid_every else None, prompt)
+        claim_data(workdir, table.digest)  # with what is held out: that may not begin or end within a run
         stream = inputs.make_stream(data.stages, run.steps, data.batches, table, mesh, run.seed, data.max_broken,
                                     run.optimizer.accumulate)
     _, seconds = loop.train(config, workdir, stream, held_out=held_out, profile=profile, dump_hlo=dump_hlo)

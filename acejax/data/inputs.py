@@ -72,7 +72,7 @@ def build_features(data: DataConfig, sources: Mapping[str, Sequence[Sample]] | N
 
 
 def make_held_out(data: DataConfig, features: Features, held: int, sources: Mapping[str, Any], seed: int,
-                  model: MMDiTConfig | None = None) -> tuple[Subset, Subset, Callable[[int], str]]:
+                  model: MMDiTConfig | None = None) -> tuple[Table, Subset, Callable[[int], str]]:
     """The samples to train on, those to judge by, and the prompt of one of these, from its index in its whole table.
 
     Args:
@@ -93,8 +93,7 @@ def make_held_out(data: DataConfig, features: Features, held: int, sources: Mapp
     own = {name: fields.read(SourceConfig, sources, name, "validation.sources.") for name in sources}
     data = dataclasses.replace(data, sources=own, augment=AugmentConfig(), stages=())
     table = make_features(data, model=model)
-    return Subset(features, range(len(features))), hold_out(table, held or len(table), seed, most=1.0)[1], _prompts(
-        data, table)
+    return features, hold_out(table, held or len(table), seed, most=1.0)[1], _prompts(data, table)
 
 
 def _prompts(data: DataConfig, features: Features) -> Callable[[int], str]:

@@ -44,7 +44,7 @@ from acejax.model.config import MMDiTConfig
 from acejax.train import loop
 from acejax.train.config import TrainConfig
 from acejax.train.validate import HeldOut
-from acejax.workdir import claim
+from acejax.workdir import claim, claim_data
 
 TEST_SEED = 1_000_000  # the test pictures are the same for every seed
 FIT_PICTURES = 1500  # that the autoencoder is fitted to
@@ -104,6 +104,7 @@ def prepare(config: ml_collections.ConfigDict, workdir: epath.PathLike
         decode = jax.jit(functools.partial(decode_latents, autoencoder))
         held_out = HeldOut(held, lambda latents: denormalize(decode(latents[None])[0]),
                            lambda index: rows[features.origin(index)[1]].prompt)
+    claim_data(workdir, table.digest)
     return folder, autoencoder, inputs.make_stream(read_stages(config, ("demo",)), config.steps, batches, table, mesh,
                                                    config.seed, accumulate=run.optimizer.accumulate), held_out
 

@@ -20,12 +20,13 @@ from acejax.data import dataset, inputs, pictures
 from acejax.data.augment import AugmentConfig
 from acejax.data.build import build
 from acejax.data.cache.build import CacheConfig
-from acejax.data.canvas import normalize
+from acejax.data.canvas import denormalize, normalize
 from acejax.data.config import DataConfig, SourceConfig, read_batches, read_stages
 from acejax.data.encoders import Encoders
 from acejax.data.layout import CanvasConfig
 from acejax.data.sample import Sample
 from acejax.data.stream import Stream
+from acejax.data.subset import hold_out
 from acejax.demo import evaluate, weights
 from acejax.demo.grid import save_grid
 from acejax.demo.pictures import TASKS, samples
@@ -33,6 +34,7 @@ from acejax.demo.surroundings import (
     TEXT_TOKENS,
     TEXT_WIDTH,
     Autoencoder,
+    decode_latents,
     encode_pictures,
     encode_prompts,
     fit_autoencoder,
@@ -41,7 +43,8 @@ from acejax.errors import UserError
 from acejax.model.config import MMDiTConfig
 from acejax.train import loop
 from acejax.train.config import TrainConfig
-from acejax.workdir import claim
+from acejax.train.validate import HeldOut
+from acejax.workdir import claim, claim_data
 
 TEST_SEED = 1_000_000  # the test pictures are the same for every seed
 FIT_PICTURES = 1500  # that the autoencoder is fitted to
@@ -70,7 +73,8 @@ def check(config: ml_collections.ConfigDict) -> tuple[TrainConfig, Mesh]:
     return run, mesh
 
 
-def prepare(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> tuple[epath.Path, Autoencoder, Stream]:
+def prepare(config: ml_collections.ConfigDict, workdir: epath.PathLike
+            ) -> tuple[epath.Path, Autoencoder, Stream, HeldOut | None]:
     """Check the config, write the dataset (where it is not there yet), fit the autoencoder, encode the training split.
 
     Raises:
@@ -94,18 +98,25 @@ def prepare(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> tuple
                       None, CacheConfig(str(epath.Path(workdir) / "cache"), "float32", batch=64), config.seed)
     features = inputs.make_features(data, {"demo": rows}, encoders)
     batches = read_batches(config.data, ("source", "samples", "canvas"))
-    return folder, autoencoder, inputs.make_stream(read_stages(config, ("demo",)), config.steps, batches, features,
-                                                   mesh, config.seed, accumulate=run.optimizer.accumulate)
+    table, held_out = features, None
+    if run.validation.every or run.validation.grid_every:
+        table, held = hold_out(features, run.validation.held, config.seed)
+        decode = jax.jit(functools.partial(decode_latents, autoencoder))
+        held_out = HeldOut(held, lambda latents: denormalize(decode(latents[None])[0]),
+                           lambda index: rows[features.origin(index)[1]].prompt)
+    claim_data(workdir, table.digest)
+    return folder, autoencoder, inputs.make_stream(read_stages(config, ("demo",)), config.steps, batches, table, mesh,
+                                                   config.seed, accumulate=run.optimizer.accumulate), held_out
 
 
 def run(config: ml_collections.ConfigDict, workdir: epath.PathLike, setup_seconds: float = 0.0) -> dict[str, Any]:
     """The whole demo; writes `edits.png`, `report.json` and `weights/` into the workdir and returns the report."""
     workdir = epath.Path(workdir)
     started = time.time()
-    folder, autoencoder, stream = prepare(config, workdir)
+    folder, autoencoder, stream, held_out = prepare(config, workdir)
     seconds = {"setup": setup_seconds, "data": time.time() - started}
 
-    state, spent = loop.train(config, workdir, stream)
+    state, spent = loop.train(config, workdir, stream, held_out=held_out)
     seconds |= spent
     print("editing the test photo ...", flush=True)
     started = time.time()

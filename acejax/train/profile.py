@@ -78,7 +78,7 @@ def window_of(text: str) -> tuple[int, int]:
     return int(start), int(stop)
 
 
-def dump_hlo(folder: epath.PathLike, name: str, compiled: jax.stages.Compiled) -> None:
+def write_hlo(folder: epath.PathLike, name: str, compiled: jax.stages.Compiled) -> None:
     """Write `<folder>/<name>.hlo.txt`, a compiled step after XLA's passes, and `<name>.memory.txt`, what it asks of a
     device. Process 0 writes; all have the same.
 

@@ -1,43 +1,277 @@
 """All Orbax calls: saving a run step by step and taking it up again; a model's weights alone."""
 
+import contextlib
 import dataclasses
+import functools
+import importlib.metadata
 import json
+import math
+import platform
+import sys
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from jax.experimental import multihost_utils
 
 from acejax.errors import UserError
 from acejax.model.config import AutoencoderConfig, CLIPConfig, MMDiTConfig, T5Config
 
 _KINDS = {kind.__name__: kind for kind in (MMDiTConfig, AutoencoderConfig, T5Config, CLIPConfig)}
+_LIBRARIES = ("acejax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
+_BLOCK = 2**22  # numbers
 
 
 class Checkpoints:
-    """The checkpoints of one workdir, kept in `<workdir>/checkpoints/<step>`; saving goes on in the background."""
+    """The checkpoints of one workdir; saving goes on in the background, and takes no more than a copy of the state.
 
-    def __init__(self, workdir: epath.PathLike, keep: int = 2):
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
-        self._manager = ocp.CheckpointManager(
-            epath.Path(workdir).expanduser().resolve() / "checkpoints", options=options)  # Orbax wants absolute paths
+    `<workdir>/checkpoints/<step>` has two items, written as one: `state`, and `notes` (JSON) with checksums of the
+    state's numbers, the versions of the libraries, the score, and what the caller adds. Neither knows of meshes or
+    processes. All processes of a run call each method at the same step.
+
+    Args:
+      workdir: of the run; nobody else may write there (`acejax.workdir.lock`).
+      keep: how many of the newest steps stay.
+      best: how many of those with the lowest scores stay besides.
+    """
+
+    def __init__(self, workdir: epath.PathLike, keep: int = 2, best: int = 0):
+        self._workdir = epath.Path(workdir).expanduser().resolve()  # Orbax wants absolute paths
+        self._folder = self._workdir / "checkpoints"
+        self._kept = _Kept(keep, best, {})
+        options = ocp.CheckpointManagerOptions(preservation_policy=self._kept, cleanup_tmp_directories=True)
+        self._manager = _Manager(self._folder, options=options)
+        for step in self._manager.all_steps():
+            with contextlib.suppress(OSError, ValueError):  # damaged notes score nothing
+                self._kept.note(step, self.notes(step)["score"])
 
     def latest(self) -> int | None:
-        """The newest whole step, or None."""
+        """The newest step, or None."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: Any) -> None:
-        self._manager.save(step, args=ocp.args.StandardSave(state))
+    def notes(self, step: int) -> dict[str, Any]:
+        """What was noted with a step.
 
-    def restore(self, step: int, like: Any) -> Any:
-        """The state of a step with the shapes, dtypes and shardings of `like` (arrays or ShapeDtypeStructs)."""
-        return self._manager.restore(step, args=ocp.args.StandardRestore(like))
+        Raises:
+          OSError, ValueError: they are damaged.
+        """
+        notes = json.loads((self._folder / str(step) / "notes" / "metadata").read_text())
+        if not isinstance(notes, dict) or not {"step", "score", "versions", "checksums"} <= notes.keys():
+            raise ValueError(f"the notes of step {step} are not whole")
+        return notes
+
+    def save(self, step: int, state: Any, score: float | None = None, notes: dict[str, Any] | None = None) -> None:
+        """Begin to save a step, after the one before is written; nothing happens if it is there.
+
+        Args:
+          state: a tree of arrays; may be donated as soon as this returns.
+          score: lower is better; None or NaN is no score.
+          notes: JSON; of the data's state, the random numbers and the config.
+
+        Raises:
+          UserError: the save before could not be finished, or this one not begun.
+        """
+        if step in self._manager.all_steps():
+            return
+        score = score if score is not None and math.isfinite(score) else None
+        notes = (notes or {}) | {"step": step, "score": score, "versions": versions(), "checksums": _checksums(state)}
+        with self._failing():
+            self._kept.note(step, score)
+            self._manager.save(step, force=True, args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state), notes=ocp.args.JsonSave(notes)))
+
+    def check(self) -> None:
+        """Raises UserError when a save in the background has failed."""
+        if not self._manager.is_saving_in_progress():
+            with self._failing():
+                self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Wait for what is being saved."""
-        self._manager.wait_until_finished()
+        """Wait for what is being saved.
+
+        Raises:
+          UserError: it could not be saved.
+        """
+        with self._failing():
+            self._manager.wait_until_finished()
         self._manager.close()
+
+    def restore(self, like: Any) -> tuple[int, Any] | None:
+        """The newest step that can be restored and its state; None where there is no checkpoint.
+
+        Damaged steps that are newer are told of and moved to `<workdir>/damaged`. Every leaf is checked against the
+        checksum of its numbers, unless `like` wants another dtype than was saved.
+
+        Args:
+          like: the state as arrays or ShapeDtypeStructs, with the shapes it was saved with and the dtypes and
+            shardings to have now.
+
+        Raises:
+          UserError: there are checkpoints, and none can be restored; they stay where they are.
+        """
+        damaged: dict[int, str] = {}
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            state, problem = self._read(step, like)
+            if problem is None:
+                for bad, told in damaged.items():
+                    self._set_aside(bad, told, step)
+                return step, state
+            damaged[step] = problem
+        if damaged:
+            raise UserError(f"{self._folder}: no checkpoint can be restored ("
+                            + "; ".join(f"step {step}: {problem}" for step, problem in damaged.items())
+                            + "); mend them, or give another --workdir to begin anew")
+        return None
+
+    def _read(self, step: int, like: Any) -> tuple[Any, str | None]:
+        """A step's state and None, or None and what is wrong with it; all processes agree."""
+        state, notes, problem = None, {}, None
+        try:
+            notes = self.notes(step)
+            # The handler itself: the manager has barriers, at which a process that failed would be missing.
+            state = ocp.StandardCheckpointHandler(restore_concurrent_gb=_concurrent(like)).restore(
+                self._folder / str(step) / "state", args=ocp.args.StandardRestore(like))
+        except Exception as error:  # whatever files, JSON, OCDBT and Orbax make of what is not whole
+            _hush()
+            problem = _reason(error)
+        if _anywhere(problem is not None):
+            return None, problem or "another process cannot read its part"
+        found = _checksums(state)
+        wrong = [path for path, (dtype, value) in notes["checksums"].items()
+                 if path in found and found[path][0] == dtype and found[path][1] != value]
+        return (None, f"{wrong[0]} has other numbers than were saved") if wrong else (state, None)
+
+    def _set_aside(self, step: int, problem: str, instead: int) -> None:
+        """Move a damaged step away, so that it can be saved again."""
+        place = self._workdir / "damaged" / str(step)
+        number = 1
+        while place.exists():
+            number += 1
+            place = self._workdir / "damaged" / f"{step}-{number}"
+        multihost_utils.sync_global_devices("acejax: a damaged step has a new place")
+        if jax.process_index() == 0:
+            place.parent.mkdir(exist_ok=True)
+            (self._folder / str(step)).rename(place)
+            print(f"step {step} is damaged ({problem}) and is now in {place}; going on from step {instead}",
+                  file=sys.stderr, flush=True)
+        multihost_utils.sync_global_devices("acejax: a damaged step is set aside")
+        self._manager.reload()
+
+    @contextlib.contextmanager
+    def _failing(self) -> Iterator[None]:
+        """Tells of a save that fails, here or in the background, and which step is safe."""
+        try:
+            yield
+        except Exception as error:
+            self._manager.reload()
+            safe = self.latest()
+            raise UserError(f"{self._folder}: a checkpoint could not be saved ({_reason(error)}); "
+                            + ("there is none yet" if safe is None else f"step {safe} is safe")) from error
+
+
+class _Manager(ocp.CheckpointManager):
+    """Leaves jax's preemption counter alone: Orbax counts it back to the step that it finishes in the background, by
+    which hosts could agree on a step that one of them has passed.
+    """
+
+    def reached_preemption(self, step: int) -> bool:
+        return False
+
+
+@dataclasses.dataclass
+class _Kept:
+    """Orbax's preservation policy: the last steps and those with the lowest scores, of equals the newer."""
+
+    last: int
+    best: int
+    scores: dict[int, float]
+
+    def note(self, step: int, score: float | None) -> None:
+        if score is not None:
+            self.scores[step] = score
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        scored = sorted((step for step in steps if step in self.scores), key=lambda step: (self.scores[step], -step))
+        kept = {*steps[-self.last:], *scored[:self.best]}
+        return [step in kept for step in steps]
+
+
+def versions() -> dict[str, str]:
+    """Of Python and the libraries whose numbers a run depends on; those not installed are left out."""
+    found = {"python": platform.python_version()}
+    for name in _LIBRARIES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def _checksums(tree: Any) -> dict[str, list[Any]]:
+    """Path -> [dtype, checksum] of each leaf; the same on any mesh, and another after any one bit has changed.
+
+    Neither Orbax nor TensorStore checks an array's bytes (OCDBT does for its own tables). A pass over the state on its
+    devices is cheaper than reading files again.
+    """
+    leaves = _by_path(tree)
+    sums = jax.device_get(_sums(tuple(leaves.values())))
+    return {path: [str(leaf.dtype), int(value)] for (path, leaf), value in zip(leaves.items(), sums, strict=True)}
+
+
+@jax.jit
+def _sums(leaves: tuple[jax.Array, ...]) -> list[jax.Array]:
+    """Of each leaf sum((2 i + 1) bits[i]) modulo 2^32, i counting its numbers."""
+    def one(leaf: jax.Array) -> jax.Array:
+        bits = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")).astype(jnp.uint32)
+        count = jnp.uint32(0)
+        for axis, size in enumerate(leaf.shape):
+            count = count * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
+        return jnp.sum(bits * (2 * count + 1), dtype=jnp.uint32)
+
+    return [one(leaf) for leaf in leaves]
+
+
+def _sum(leaf: np.ndarray) -> int:
+    """`_sums` of one array, on the host and with little memory."""
+    bits, total = leaf.reshape(-1).view(f"uint{8 * leaf.dtype.itemsize}"), 0
+    for start in range(0, len(bits), _BLOCK):
+        block = bits[start:start + _BLOCK].astype(np.uint32)
+        weights = 2 * np.arange(start, start + len(block), dtype=np.uint64) + 1
+        total += int(np.sum(block * weights.astype(np.uint32), dtype=np.uint32))
+    return total % 2**32
+
+
+def _by_path(tree: Any) -> dict[str, Any]:
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+            for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
+def _anywhere(value: bool) -> bool:
+    """Whether it is so in any process."""
+    return value if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.array(value)).any())
+
+
+def _concurrent(like: Any) -> int:
+    """GB to have under way at once while reading: Orbax wants room for the largest leaf, and would take 96."""
+    return 1 + max((math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(like)), default=0) // 10**9
+
+
+def _reason(error: BaseException) -> str:
+    """The first cause in a line; of a long one the ends, where TensorStore says what it is about and why."""
+    while error.__cause__ or error.__context__:
+        error = error.__cause__ or error.__context__
+    line = (str(error).splitlines() or [""])[0]
+    return f"{type(error).__name__}: " + (line if len(line) < 200 else f"{line[:60]} ... {line[-120:]}")
+
+
+@functools.cache
+def _hush() -> None:
+    """TensorStore tells at length of each read that fails after the first one, whose exception has told of them all."""
+    usual, known = sys.unraisablehook, ("TensorStore", "vent loop is closed")
+    sys.unraisablehook = lambda told: None if any(name in str(told.exc_value) for name in known) else usual(told)
 
 
 def save_weights(folder: epath.PathLike, config: Any, params: Any) -> None:
@@ -49,21 +283,26 @@ def save_weights(folder: epath.PathLike, config: Any, params: Any) -> None:
     (folder / "model.json").write_text(json.dumps(note, indent=2) + "\n")  # last: it says that the folder is whole
 
 
-def load_weights(path: epath.PathLike) -> tuple[Any, Any]:
+def load_weights(path: epath.PathLike, ema: bool = False) -> tuple[Any, Any]:
     """Config and parameters (numpy arrays) of a folder of `save_weights`, or of a workdir's last checkpoint.
 
+    Args:
+      path: the folder or workdir.
+      ema: of a workdir, take the averaged parameters where the run keeps any.
+
     Raises:
-      UserError: a note that says no model, or no checkpoint.
+      UserError: a note that says no model, no checkpoint, or one that is damaged.
     """
     path = epath.Path(path).expanduser().resolve()
     try:
         if (path / "model.json").exists():
             note = json.loads((path / "model.json").read_text())
-            config, where, wrap = _KINDS[note["kind"]](**note["config"]), path / "params", None
+            config, where, wanted = _KINDS[note["kind"]](**note["config"]), path / "params", ()
         else:
             config = MMDiTConfig(**json.loads((path / "config.json").read_text())["model"])
             steps = [int(step.name) for step in (path / "checkpoints").iterdir() if step.name.isdigit()]
-            where, wrap = path / "checkpoints" / str(max(steps, default="none")) / "default", "params"
+            where = path / "checkpoints" / str(max(steps, default="none")) / "state"
+            wanted = ("ema", "params") if ema else ("params",)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: says of no model what it is ({type(error).__name__}: {error})") from None
     if not where.exists():
@@ -71,66 +310,18 @@ def load_weights(path: epath.PathLike) -> tuple[Any, Any]:
     try:
         with ocp.PyTreeCheckpointer() as checkpointer:
             tree = checkpointer.metadata(where).item_metadata.tree
-            wanted = {wrap: tree[wrap]} if wrap else tree  # the optimizer's moments stay on disk
-            args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
-            restored = checkpointer.restore(where, args=ocp.args.PyTreeRestore(wanted, args, partial_restore=True))
+            if wanted:  # the optimizer's moments stay on disk
+                name = next(name for name in wanted if jax.tree.leaves(tree.get(name)))
+                tree = {name: tree[name]}
+            args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+            restored = checkpointer.restore(where, args=ocp.args.PyTreeRestore(tree, args, partial_restore=True))
     except Exception as error:  # whatever Orbax makes of files that are not its own, or not whole
+        _hush()
         raise UserError(f"{where}: cannot be read as an Orbax checkpoint ({type(error).__name__})") from None
-    return config, restored[wrap] if wrap else restored
-
-
-def agree(workdir: epath.PathLike, config: dict[str, Any], free: tuple[str, ...] = ()) -> None:
-    """As `claim`, writing nothing: for a run that may still fail before it starts."""
-    path = epath.Path(workdir) / "config.json"
-    if not path.exists():
-        return
-    found, wanted = (_flatten(one) for one in (json.loads(path.read_text()), json.loads(json.dumps(config))))
-    for field in sorted(found.keys() | wanted.keys()):
-        if found.get(field) != wanted.get(field) and not f"{field}.".startswith(tuple(f"{name}." for name in free)):
-            raise UserError(
-                f"workdir {workdir} holds a run with config.{field} = {found.get(field)!r}, this one has "
-                f"{wanted.get(field)!r}; give another --workdir, or the config it was started with")
-
-
-def claim(workdir: epath.PathLike, config: dict[str, Any], free: tuple[str, ...] = ()) -> None:
-    """Bind a workdir to a config: the first run writes `config.json`, a later one must agree with it.
-
-    The fields `free`, and all below them, say how a run is computed, not what it computes, and may change.
-
-    Raises:
-      UserError: the workdir holds a run of another config, naming the first field that differs, or can't be written.
-    """
-    agree(workdir, config, free)
-    _write(epath.Path(workdir) / "config.json", config)
-
-
-def claim_data(workdir: epath.PathLike, digest: str) -> None:
-    """Bind a workdir to the data that a run reads, as `claim`: the first run writes `data.json`.
-
-    Raises:
-      UserError: the run began with other data, or the workdir can't be written.
-    """
-    path = epath.Path(workdir) / "data.json"
-    if path.exists() and (found := json.loads(path.read_text())["digest"]) != digest:
-        raise UserError(f"workdir {workdir}: the data has changed since this run began (the digest of its features was "
-                        f"{found}, now it is {digest}); give another --workdir, or the data it was started with")
-    _write(path, {"digest": digest})
-
-
-def _write(path: epath.Path, content: dict[str, Any]) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.parent / f"{path.name}.tmp"
-        beside.write_text(json.dumps(content, indent=2))
-        beside.replace(path)
-    except OSError as error:
-        raise UserError(f"workdir {path.parent} cannot be written: {error}") from error
-
-
-def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flatten(value, f"{prefix}.{key}" if prefix else key)
-    return flat
+    if not wanted:
+        return config, restored
+    saved = json.loads((where.parent / "notes" / "metadata").read_text())["checksums"]
+    for leaf_path, leaf in _by_path(restored).items():
+        if saved[leaf_path] != [str(leaf.dtype), _sum(leaf)]:
+            raise UserError(f"{where}: {leaf_path} has other numbers than were saved")
+    return config, restored[name]

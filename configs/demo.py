@@ -1,6 +1,6 @@
 """The demo: a tiny ACE++ on the built-in pictures, in two stages, as the paper trains (0-ref tasks, then all)."""
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
 from acejax.demo.pictures import REPAINTING
 
@@ -18,6 +18,7 @@ def get_config() -> ConfigDict:
         "model": {"in_channels": 448, "out_channels": 64, "hidden_size": 128, "num_heads": 4, "depth": 1,
                   "depth_single_blocks": 3, "mlp_ratio": 4.0, "axes_dim": (4, 14, 14), "theta": 10_000,
                   "context_in_dim": 64, "vec_in_dim": 64, "guidance_embed": False},
+        "init_from": config_dict.placeholder(str),  # weights to start from; none: random
         "data": {
             "source": "demo",  # the built-in pictures
             "samples": 1200,  # training samples of each task
@@ -29,7 +30,9 @@ def get_config() -> ConfigDict:
         # ACE++ has 1, 0 and 1: a plain mean over the canvas, noise levels in the middle. A small model on 64 pixels
         # learns several times faster where it looks at what is generated, and at high noise, where text decides.
         "loss": {"mask_weight": 4.0, "sigma_shift": 1.2, "sigma_spread": 1.5},
-        "optimizer": {"learning_rate": 2e-3, "warmup": 0.02, "b1": 0.9, "b2": 0.99, "weight_decay": 0.01, "clip": 1.0},
+        "optimizer": {"name": "adamw", "learning_rate": 2e-3, "schedule": "cosine", "warmup": 0.02, "b1": 0.9,
+                      "b2": 0.99, "weight_decay": 0.01, "clip": 1.0, "accumulate": 1, "ema": 0.0},
+        "validation": {"every": 0},
         "evaluate": {"samples": 192, "held": 96, "steps": 8},  # test samples a task, held-out pairs, Euler steps
         "mesh": {"data": -1, "fsdp": 1, "tensor": 1, "seq": 1},
         "execution": {"dtype": "float32", "attention": "auto", "remat": "none"},

@@ -21,7 +21,7 @@ ROWS = (
     {"adapt"},
     {"parallel"},
     {"weights"},
-    {"checkpoint"},
+    {"checkpoint", "workdir"},
     {"data"},
     {"edit"},
     {"train"},

@@ -25,7 +25,6 @@ from acejax.weights.source import PICKLES, exists, open_source, shown
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16,
           "float8_e4m3fn": ml_dtypes.float8_e4m3fn, "float8_e5m2": ml_dtypes.float8_e5m2}
 GROW = {str(value): value for value in identify.GROW}
-COMFY = "model.diffusion_model."
 # a folder of a diffusers pipeline -> the file that BFL and ComfyUI call it
 FILES = {"transformer": "flux.safetensors", "vae": "ae.safetensors", "text_encoder": "clip_l.safetensors",
          "text_encoder_2": "t5xxl.safetensors"}
@@ -74,7 +73,7 @@ def table(report: Report) -> str:
 
 
 def _prefixed(report: Report) -> str:
-    return f", under {COMFY}" if report.rows[0].key.startswith(COMFY) else ""
+    return f", under {keymaps.COMFY}" if report.rows[0].key.startswith(keymaps.COMFY) else ""
 
 
 def _names(keys: tuple[str, ...]) -> str:
@@ -95,6 +94,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--grow", choices=GROW, help="widen img_in to 384 or 448 channels, the "
                         "velocity unchanged; 'reference' widens to 448 with the mask shifted, as ACE_plus does")
     parser.add_argument("--allow-extra", action="store_true", help="leave tensors alone that the model does not have")
+    parser.add_argument("--raw", action="store_true", help="of a workdir whose run averages its parameters, take those "
+                        "of its last step instead")
     parser.add_argument("--json", metavar="FILE", help="write the report there, with every tensor")
     return parser
 
@@ -145,7 +146,7 @@ def _convert_model(model: Model, target: pathlib.Path, args: argparse.Namespace)
         layout = args.to if args.to in known else known[0]
     else:
         raise UserError(f"{target}: expected a name that ends in .safetensors for --to {args.to}")
-    prefix = COMFY if args.to == "comfy" and isinstance(model.config, MMDiTConfig) else None
+    prefix = keymaps.COMFY if args.to == "comfy" and isinstance(model.config, MMDiTConfig) else None
     total = 2 * sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in model.tensors.values())
     with tqdm(total=total, unit="B", unit_scale=True, desc=target.name, disable=not sys.stderr.isatty()) as bar:
         return convert.convert(model, target, layout, dtype, prefix, bar.update)

@@ -15,9 +15,11 @@ def main(argv: Sequence[str]) -> int:
     values, config = parsed
     from acejax.demo.job import run, table
     from acejax.parallel.mesh import split_cpu
+    from acejax.workdir import lock
 
     split_cpu(values["cpu_devices"].value)
-    report = run(config, values["workdir"].value, values["setup_seconds"].value)
+    with lock(values["workdir"].value):
+        report = run(config, values["workdir"].value, values["setup_seconds"].value)
     print(f"\n{table(report)}\n\nseconds: {report['seconds']}")
     print(f"pictures: {values['workdir'].value}/edits.png   report: {values['workdir'].value}/report.json")
     for line in report["missed"]:

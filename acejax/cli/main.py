@@ -24,7 +24,9 @@ _EXTRAS = {"transformers": "text", "ftfy": "text", "optax": "train", "orbax": "t
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0 well, 1 a result below its thresholds, 2 a mistake in what was given."""
+    """Run a command; returns the exit code: 0 well, 1 a result below its thresholds, 2 a mistake in what was given,
+    75 training that was preempted: the same command goes on.
+    """
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(_usage())
@@ -36,10 +38,10 @@ def main(argv: list[str] | None = None) -> int:
         if argv[0] not in COMMANDS:
             raise UserError(f"no command {argv[0]!r}; the commands are {', '.join(COMMANDS)}")
         _keep_compiled_programs()
-        logging.set_verbosity(logging.ERROR)  # TFDS and Orbax speak of themselves at length
+        logging.set_verbosity(logging.FATAL)  # TFDS and Orbax speak of themselves at length, and raise besides
         command = importlib.import_module(f"acejax.cli.{argv[0]}")
         return command.main(argv[1:])
-    except SystemExit as leaving:  # argparse, after --help or a wrong flag
+    except SystemExit as leaving:  # argparse, after --help or a wrong flag; a preempted run
         return int(leaving.code or 0)
     except KeyboardInterrupt:
         goes_on = "; the same command goes on from its last checkpoint" if argv[0] in ("demo", "train") else ""

@@ -2,15 +2,16 @@
 
 from collections.abc import Sequence
 
+import ml_collections
 from absl import flags
 
-from acejax.checkpoint import agree, claim, claim_data
 from acejax.cli.config import CPU_DEVICES, parse_config
 from acejax.errors import UserError
+from acejax.workdir import agree, claim, claim_data, lock
 
 
 def main(argv: Sequence[str]) -> int:
-    """Train to the config's last step; the same command again resumes."""
+    """Train to the config's last step; the same command again resumes. 75 when the machine was wanted back before."""
     parsed = parse_config("train", argv, _define)
     if parsed is None:
         return 0
@@ -19,9 +20,16 @@ def main(argv: Sequence[str]) -> int:
     if workdir is None:
         raise UserError("train: --workdir=DIR is missing")
     from acejax.parallel.mesh import split_cpu
-    from acejax.train import loop
 
     split_cpu(values["cpu_devices"].value)
+    with lock(workdir):
+        _train(config, workdir)
+    return 0
+
+
+def _train(config: ml_collections.ConfigDict, workdir: str) -> None:
+    from acejax.train import loop
+
     if config.get("data", {}).get("source") == "demo":
         from acejax.demo import job
         _, _, stream = job.prepare(config, workdir)
@@ -39,7 +47,6 @@ def main(argv: Sequence[str]) -> int:
                                     run.optimizer.accumulate)
     _, seconds = loop.train(config, workdir, stream)
     print(f"trained to step {config.steps}: {', '.join(f'{name} {value:.0f} s' for name, value in seconds.items())}")
-    return 0
 
 
 def _define(values: flags.FlagValues) -> None:

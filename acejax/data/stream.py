@@ -168,7 +168,7 @@ def collate(rows: Sequence[Row], bucket: int) -> dict[str, Any]:
     return batch
 
 
-_TOKENS = ("edit", "modify", "target", "mask", "positions", "unit")
+_TOKENS = ("edit", "modify", "target", "noise", "mask", "positions", "unit")
 
 
 def batch_sizes(buckets: Sequence[int], tokens: int, multiple: int = 1) -> dict[int, int]:

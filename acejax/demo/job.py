@@ -16,7 +16,6 @@ from etils import epath
 from jax.sharding import Mesh
 from PIL import Image
 
-from acejax.checkpoint import claim
 from acejax.data import dataset, inputs, pictures
 from acejax.data.augment import AugmentConfig
 from acejax.data.build import build
@@ -42,6 +41,7 @@ from acejax.errors import UserError
 from acejax.model.config import MMDiTConfig
 from acejax.train import loop
 from acejax.train.config import TrainConfig
+from acejax.workdir import claim
 
 TEST_SEED = 1_000_000  # the test pictures are the same for every seed
 FIT_PICTURES = 1500  # that the autoencoder is fitted to

@@ -21,8 +21,8 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array | Non
       q, k, v: [B, S, heads, head_dim].
       lengths: [B] int32 valid keys of each sample, or None when all are valid.
       implementation: "xla" (plain; S x S logits in memory), "xla_chunked" (query chunks, recomputed in the backward
-        pass), "cudnn" (GPU, float16 / bfloat16), "splash" (TPU Pallas kernel), or "auto": by length alone. A kernel
-        runs on one device; on a mesh, `acejax.parallel.rules.share` gives each its own samples and heads.
+        pass), "cudnn" (GPU, float16 / bfloat16), "splash" (TPU Pallas kernel), or "auto": by length alone. One runs
+        on one device; on a mesh, `acejax.parallel.rules.share` gives each device its own samples and heads.
 
     Returns:
       [B, S, heads, head_dim] in q's dtype.

@@ -12,17 +12,20 @@ from etils import epath
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from acejax.checkpoint import Checkpoints, claim
+from acejax.checkpoint import Checkpoints
 from acejax.data.stream import Stream
 from acejax.model.config import Execution
 from acejax.parallel import batch as batches
 from acejax.parallel import mesh as meshes
 from acejax.parallel import rules
 from acejax.train.config import TrainConfig
+from acejax.train.export import Exports
 from acejax.train.metrics import Writer, summarize
 from acejax.train.optimizer import learning_rate, make_optimizer
+from acejax.train.preemption import Preempted, Preemption
 from acejax.train.start import load_start, open_start
 from acejax.train.step import StepConfig, TrainState, init_state, train_step
+from acejax.workdir import claim
 
 FREE = ("execution", "mesh", "reading", "watch", "checkpoint",  # how, not what
         *(f"validation.{name}" for name in ("every", "grid_every", "grid", "steps", "guidance", "sigmas")),
@@ -52,7 +55,8 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike, stream: St
 
     Args:
       config: see `configs/demo.py`.
-      workdir: gets config.json, checkpoints/, metrics.jsonl and TensorBoard files.
+      workdir: gets config.json, checkpoints/, exports/, metrics.jsonl and TensorBoard files; hold its
+        `acejax.workdir.lock`.
       stream: the batch of each step.
       until: stop after this step as if interrupted (the schedule stays that of the whole run).
 
@@ -60,8 +64,16 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike, stream: St
       The final state and seconds spent: compile, train.
 
     Raises:
-      UserError: as `check`, or a workdir of another config.
+      UserError: as `check`; a workdir of another config, or with none but damaged checkpoints; a checkpoint or an
+        export that can't be written.
+      Preempted: SIGTERM reached a process of the run; the step is saved.
     """
+    with Preemption() as preemption:
+        return _train(config, workdir, stream, until, preemption)
+
+
+def _train(config: ml_collections.ConfigDict, workdir: epath.PathLike, stream: Stream, until: int | None,
+           preemption: Preemption) -> tuple[TrainState, dict[str, float]]:
     run, mesh = check(config)
     claim(workdir, config.to_dict(), FREE)
     how = run.execution
@@ -71,14 +83,14 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike, stream: St
     started = time.time()
     abstract = jax.eval_shape(functools.partial(init_state, setting, optimizer))
     placement = rules.shardings(abstract, mesh)
-    checkpoints = Checkpoints(workdir, run.checkpoint.keep)
-    if (start := checkpoints.latest()) is None:
-        state, start = _begin(run, mesh, setting, optimizer, placement), 0
+    checkpoints = Checkpoints(workdir, run.checkpoint.keep, run.checkpoint.best)
+    like = jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+                        abstract, placement)
+    if restored := checkpoints.restore(like):
+        start, state = restored
+        print(f"resuming {workdir} at step {start}", flush=True)
     else:
-        like = jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-                            abstract, placement)
-        state = checkpoints.restore(start, like)
-        print(f"resuming {workdir} at step {start}")
+        state, start = _begin(run, mesh, setting, optimizer, placement), 0
 
     stream = stream.share(batches.parts_of(mesh), rules.batch_parts(mesh))
     put = functools.partial(batches.to_mesh, mesh)
@@ -88,6 +100,8 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike, stream: St
 
     rate = jax.jit(learning_rate(run.optimizer, run.steps))
     writer = Writer(workdir, start)
+    exports = Exports(workdir, run.model, run.checkpoint.export_layout)
+    done = start
     waiting: list[dict[str, jax.Array]] = []
     started = logged = time.time()
     since = start
@@ -97,7 +111,8 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike, stream: St
         state, metrics = compiled[batch.bucket](state, put(batch.arrays))
         waiting.append(metrics)
         done = step + 1
-        if done % run.watch.every == 0 or done == stop:
+        leaving = preemption.reached(done)
+        if done % run.watch.every == 0 or done == stop or leaving:
             values = summarize(jax.device_get(waiting), stream.tasks)
             values["learning_rate"] = float(rate(step))
             values["seconds"] = writer.seconds + time.time() - started  # of training, interruptions left out
@@ -108,11 +123,20 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike, stream: St
             if bar.disable:
                 left = (stop - done) / ((done - start) / (logged - started))
                 print(f"step {done}/{run.steps}  loss {values['loss']:.4f}  {left:.0f} s left", flush=True)
-        if done % run.checkpoint.every == 0 or done == stop:
-            checkpoints.save(done, state)
+        checkpoints.check()
+        if done % run.checkpoint.every == 0 or done == stop or leaving:
+            checkpoints.save(done, state, notes=_notes(config, stream, done))
+        if run.checkpoint.export_every and (done % run.checkpoint.export_every == 0 or done == stop):
+            exports.save(done, state.params if state.ema is None else state.ema)
+        if leaving:
+            break
     seconds["train"] = writer.seconds + time.time() - started if start < stop else writer.seconds
     checkpoints.close()
+    exports.close()
     writer.close()
+    if start < done < stop:
+        print(f"preempted: step {done} is saved; the same command goes on from there", flush=True)
+        raise Preempted(done)
     return state, seconds
 
 
@@ -123,6 +147,13 @@ def _begin(run: TrainConfig, mesh: Mesh, setting: StepConfig, optimizer, placeme
     print(f"starting from {run.init_from}", flush=True)
     begin = jax.jit(init_state, static_argnums=(0, 1), out_shardings=placement, donate_argnums=2)
     return begin(setting, optimizer, load_start(run.init_from, run.model, mesh))
+
+
+def _notes(config: ml_collections.ConfigDict, stream: Stream, step: int) -> dict[str, Any]:
+    """What a checkpoint says besides the state; batches and random numbers follow from the seed and the step alone."""
+    return {"config": config.to_dict(), "seed": config.seed,
+            "data": {"step": step, "stage": stream.schedule[step].stage,
+                     "digest": getattr(stream.table, "digest", None)}}  # pictures read while training have none
 
 
 def _compile(state: Any, stream: Stream, start: int, stop: int, put, placement, setting: StepConfig, optimizer) -> dict:

@@ -1,59 +1,115 @@
-"""What a run reports: averages over an interval, to JSONL and TensorBoard."""
+"""What a run reports, to `<workdir>/metrics.jsonl` and TensorBoard; names are stable:
 
+    loss                            of the steps that were not skipped, as all averages here
+    L_tar, L_ref/K                  its parts: the target, reference K; loss = the sum of share x part
+    task/NAME                       of a task's samples
+    sigma/0.3                       of the noise levels from 0.3 to below 0.4
+    gradient_norm                   global, before clipping
+    learning_rate                   of the interval's last step
+    skipped                         steps of the interval whose loss or gradient was not finite: they changed nothing
+    seconds                         of training since the first step, interruptions, validation and saves left out
+    steps_per_second                without validation and saves, as all rates
+    tokens_per_second_per_device    text and image tokens, padding left out
+    padding                         share of padding in the tokens that were computed
+    mfu                             model FLOPs of the computed tokens over the devices' peak (accelerators that
+                                    `acejax.parallel.chips` knows)
+    device_memory_gb                the most that a device of this host has held since the start, in 1e9 bytes
+    host_memory_gb                  the most that this process has held, where devices do not tell: a CPU
+    validation/loss, validation/task/NAME, validation/sigma/0.3, validation/L_tar, validation/L_ref/K
+                                    of held-out samples at fixed noise, at exactly these noise levels
+    validation/psnr_inside/TASK, validation/psnr_outside/TASK
+                                    dB of sampled targets, inside and outside their masks
+    validation/samples              the grid of pictures (TensorBoard; also `<workdir>/samples/step_000500.png`)
+
+A line has what there was: no `L_ref/2` in a stage without references, no `loss` where every step was skipped.
+"""
+
+import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from etils import epath
+from PIL import Image
+
+from acejax.data import written
+
+Metrics = Mapping[str, np.ndarray]
 
 
-def summarize(steps: Sequence[dict[str, np.ndarray]], tasks: Sequence[str]) -> dict[str, float]:
-    """Averages over steps: loss, L_tar, L_ref of each reference, and the loss of each task, weighted by their share.
+def summarize(steps: Sequence[Metrics], tasks: Sequence[str]) -> dict[str, float]:
+    """Averages over an interval's steps (metrics of `acejax.train.step.train_step`): loss and gradient norm of each
+    step alike, parts of the loss by their share in each step."""
+    good = [step for step in steps if not step["skipped"]]
+    values = {"skipped": float(len(steps) - len(good))}
+    if not good:
+        return values
 
-    A part that was absent in all of the steps is left out.
-    """
-    def mean(value: str, weight: str, index: int) -> float | None:
-        weights = np.array([step[weight][index] for step in steps], np.float64)
-        values = np.array([np.append(step["ref"], step["tar"])[index] if value == "unit" else step[value][index]
-                           for step in steps], np.float64)
-        return float(weights @ values / weights.sum()) if weights.sum() > 0 else None
+    def means(name: str, share: str) -> list[float | None]:
+        found, weights = (np.array([step[part] for step in good], np.float64) for part in (name, share))
+        totals = weights.sum(0)
+        return [float(weights[:, place] @ found[:, place] / total) if total > 0 else None
+                for place, total in enumerate(totals)]
 
-    references = len(steps[0]["ref"])
-    summary = {"loss": float(np.mean([step["loss"] for step in steps])),
-               "gradient_norm": float(np.mean([step["gradient_norm"] for step in steps])),
-               "L_tar": mean("unit", "fraction", references)}
-    summary |= {f"L_ref/{number + 1}": mean("unit", "fraction", number) for number in range(references)}
-    summary |= {f"task/{name}": mean("task", "task_fraction", index) for index, name in enumerate(tasks)}
-    return {name: value for name, value in summary.items() if value is not None}
+    units = [{"unit": np.append(step["ref"], step["tar"]), "fraction": step["fraction"]} for step in good]
+    good = [dict(step) | unit for step, unit in zip(good, units, strict=True)]
+    *references, target = means("unit", "fraction")
+    values |= {name: float(np.mean([step[name] for step in good])) for name in ("loss", "gradient_norm")}
+    values |= {"L_tar": target} | {f"L_ref/{number}": value for number, value in enumerate(references, 1)}
+    values |= {f"task/{name}": value for name, value in zip(tasks, means("task", "task_fraction"), strict=True)}
+    bins = means("sigma", "sigma_fraction")
+    values |= {f"sigma/{place / len(bins):g}": value for place, value in enumerate(bins)}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 class Writer:
-    """Appends to `<workdir>/metrics.jsonl` and TensorBoard event files.
+    """Appends to `<workdir>/metrics.jsonl` and TensorBoard event files, in process 0; the others write nothing.
 
     A resumed run first drops the lines after its step, which will be written again, and any that a kill cut short.
     `seconds` is the training time that the kept lines tell of.
     """
 
     def __init__(self, workdir: epath.PathLike, step: int):
+        self._workdir, self.seconds, self._board = epath.Path(workdir), 0.0, None
+        if jax.process_index():
+            return
         from tensorboardX import SummaryWriter
 
-        self._path = epath.Path(workdir) / "metrics.jsonl"
+        self._path = self._workdir / "metrics.jsonl"
         kept = [line for line in _lines(self._path) if line["step"] <= step]
-        self.seconds = kept[-1].get("seconds", 0.0) if kept else 0.0
-        beside = self._path.parent / "metrics.jsonl.tmp"
-        beside.write_text("".join(f"{json.dumps(line)}\n" for line in kept))
-        beside.replace(self._path)
+        self.seconds = next((line["seconds"] for line in reversed(kept) if "seconds" in line), 0.0)
+        written.write(self._path, "".join(f"{json.dumps(line)}\n" for line in kept).encode())
         self._board = SummaryWriter(str(workdir), purge_step=step + 1)
 
-    def write(self, step: int, values: dict[str, Any]) -> None:
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """A line: what was found at a step."""
+        if self._board is None:
+            return
         with self._path.open("a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
 
+    def picture(self, step: int, picture: np.ndarray) -> None:
+        """The grid of a step's samples, [h, w, 3] uint8.
+
+        Raises:
+          UserError: it can't be written.
+        """
+        if self._board is None:
+            return
+        buffer = io.BytesIO()
+        Image.fromarray(picture).save(buffer, "PNG")
+        path = self._workdir / "samples" / f"step_{step:06d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        written.write(path, buffer.getvalue())
+        self._board.add_image("validation/samples", picture, step, dataformats="HWC")
+
     def close(self) -> None:
-        self._board.close()
+        if self._board is not None:
+            self._board.close()
 
 
 def _lines(path: epath.Path) -> list[dict[str, Any]]:

@@ -17,7 +17,8 @@ from acejax.weights import shapes, tables_autoencoder, tables_text, trees
 from acejax.weights.layout import IN, OUT, Copy, Joined, Layout, Shape
 
 # ComfyUI; swift and scepter; BFL and diffusers themselves. The first is what we write.
-PREFIXES = ("", "model.", "model.diffusion_model.")
+COMFY = "model.diffusion_model."
+PREFIXES = ("", "model.", COMFY)
 
 BFL = Layout({"kernel": "weight", "bias": "bias", "scale": "scale"}, {
     "img_in": "img_in",

@@ -41,7 +41,8 @@ class Entry:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def save_model(path: str | os.PathLike, config: Config, params: Any, layout: str = "bfl", dtype: Any = None) -> None:
+def save_model(path: str | os.PathLike, config: Config, params: Any, layout: str = "bfl", dtype: Any = None,
+               prefix: str | None = None) -> None:
     """Write a transformer, autoencoder or text encoder; loading it gives the same numbers back.
 
     One foreign tensor at a time is made in memory.
@@ -53,6 +54,7 @@ def save_model(path: str | os.PathLike, config: Config, params: Any, layout: str
       params: as by its `init` or loader.
       layout: "bfl" (as FLUX and ACE++ are published) or "diffusers"; text encoders have "hf" alone.
       dtype: what to store; None stores the parameters' own.
+      prefix: what to write before every key; None is the layout's own.
 
     Raises:
       UserError: a folder that is there already, or a path that can't be written.
@@ -62,7 +64,7 @@ def save_model(path: str | os.PathLike, config: Config, params: Any, layout: str
     if layout not in known:
         raise ValueError(f"layout is {layout!r}; known: {', '.join(known)}")
     keymaps.check_tree(config, params)
-    entries = _entries(config, params, layout, dtype)
+    entries = _entries(config, params, layout, dtype, prefix)
     contents = (tensor.reshape(-1).view(np.uint8) for _, tensor in keymaps.tensors(config, params, layout, dtype))
     path = pathlib.Path(path)
     with beside(path, replace=True) as place:
@@ -88,9 +90,9 @@ def write_tensors(place: pathlib.Path, tensors: Mapping[str, np.ndarray], metada
     sync([place])
 
 
-def _entries(config: Config, params: Any, name: str, dtype: Any) -> list[Entry]:
-    ours = trees.flat(params)
-    shapes, prefix = keymaps.expected(config, name), keymaps.layouts_of(config)[name].prefixes[0]
+def _entries(config: Config, params: Any, name: str, dtype: Any, prefix: str | None) -> list[Entry]:
+    ours, shapes = trees.flat(params), keymaps.expected(config, name)
+    prefix = keymaps.layouts_of(config)[name].prefixes[0] if prefix is None else prefix
     return [Entry(prefix + key, np.dtype(dtype or layout.common(ours[copy.path].dtype for copy in copies)), shapes[key])
             for key, copies in layout.grouped(keymaps.plan_for(config, name), "key").items()]
 

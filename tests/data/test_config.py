@@ -22,7 +22,7 @@ GONE = object()
 
 def changed(place: str, value) -> ConfigDict:
     """configs/ace_plus.py with another value at a place, or none."""
-    given = get_config("both").to_dict()
+    given = get_config().to_dict()
     *parts, last = place.split(".")
     part = functools.reduce(dict.__getitem__, parts, given)
     part[last] = value
@@ -32,7 +32,7 @@ def changed(place: str, value) -> ConfigDict:
 
 
 def test_the_config_that_comes_with_acejax():
-    data = DataConfig.of(get_config("both"))
+    data = DataConfig.of(get_config())
     assert [(stage.share, stage.references) for stage in data.stages] == [(0.5, 0), (0.5, None)]
     assert data.batches.batch_tokens == 65_536 and data.max_broken == 0.01
     inputs.check(data, make_mesh({"data": -1}))
@@ -99,7 +99,7 @@ def test_what_the_run_does_not_fit_is_known_before_it_is_encoded(tmp_path):
     counting = Counting()
 
     def features(weights, references=None, **model):
-        given = get_config("stage2").to_dict()
+        given = get_config().to_dict()
         given["stages"] = ({"share": 1.0, "weights": weights, "references": references},)
         given["data"]["sources"] = {"mine": {"path": str(tmp_path / "list.jsonl")}}
         given["cache"]["dir"] = str(tmp_path / "cache")

@@ -23,6 +23,7 @@ from typing import Any, NoReturn
 
 import jax
 from jax._src import distributed  # its client keeps the store; Orbax reaches for it in the same way
+from jax.experimental import multihost_utils
 
 from acejax.errors import UserError
 
@@ -32,14 +33,24 @@ GRACE = 5.0  # seconds in which processes that fail alike may do so by themselve
 
 
 def is_first() -> bool:
-    """Whether this process prints and writes what one process must; starts jax's backend."""
-    return jax.process_index() == 0
+    """Whether this process is the one that prints, and writes what one must; starts no backend."""
+    return distributed.global_state.process_id == 0
 
 
 def say(text: str) -> None:
-    """Print a line, by the first process."""
+    """Print a line, in the first process."""
     if is_first():
         print(text, flush=True)
+
+
+@contextlib.contextmanager
+def first_alone(name: str) -> Iterator[None]:
+    """The first process goes ahead; the others enter when it is through, and find what it has made."""
+    if not is_first():
+        multihost_utils.sync_global_devices(name)
+    yield
+    if is_first():
+        multihost_utils.sync_global_devices(name)
 
 
 def launched(environment: Mapping[str, str], tpu: bool) -> dict[str, Any]:
@@ -84,16 +95,16 @@ def given(coordinator: str | None, processes: int | None, process: int | None) -
 
 @contextlib.contextmanager
 def joined(coordinator: str | None = None, processes: int | None = None, process: int | None = None, *,
-           patience: float = 300, silence: float = 60, alike: tuple[type[BaseException], ...] = ()) -> Iterator[None]:
+           patience: float = 300, silence: float = 60) -> Iterator[None]:
     """Be one of a run's processes, if there are several; enter it before jax does anything.
 
-    What is raised inside ends this process, with the message and code of `acejax.cli.main`, and soon all others.
+    What is raised inside ends this process, with the message and code of `acejax.cli.main`, and soon all others. Only
+    SystemExit passes through: all processes raise it together.
 
     Args:
       coordinator, processes, process: flags; None for what the launcher says.
       patience: seconds that all processes have for finding each other. Then: one message, exit code 2.
       silence: seconds without a sign of life after which a process is given up. Then: one message, exit code `LOST`.
-      alike: exceptions that all processes raise together, which pass through.
 
     Raises:
       UserError: wrong flags, or what jax's search for the others finds wrong.
@@ -108,7 +119,7 @@ def joined(coordinator: str | None = None, processes: int | None = None, process
     watch.start()
     try:
         yield
-    except alike:
+    except SystemExit:
         watch.finish()
         raise
     except BaseException as error:

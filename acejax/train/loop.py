@@ -17,7 +17,7 @@ from acejax.data.stream import Stream
 from acejax.model.config import Execution
 from acejax.parallel import batch as batches
 from acejax.parallel import mesh as meshes
-from acejax.parallel import rules
+from acejax.parallel import processes, rules
 from acejax.train.config import TrainConfig
 from acejax.train.export import Exports
 from acejax.train.metrics import Writer, summarize
@@ -88,7 +88,7 @@ def _train(config: ml_collections.ConfigDict, workdir: epath.PathLike, stream: S
                         abstract, placement)
     if restored := checkpoints.restore(like):
         start, state = restored
-        print(f"resuming {workdir} at step {start}", flush=True)
+        processes.say(f"resuming {workdir} at step {start}")
     else:
         state, start = _begin(run, mesh, setting, optimizer, placement), 0
 
@@ -105,7 +105,8 @@ def _train(config: ml_collections.ConfigDict, workdir: epath.PathLike, stream: S
     waiting: list[dict[str, jax.Array]] = []
     started = logged = time.time()
     since = start
-    bar = tqdm(range(start, stop), initial=start, total=run.steps, unit="step", disable=not sys.stderr.isatty())
+    bar = tqdm(range(start, stop), initial=start, total=run.steps, unit="step",
+               disable=not (sys.stderr.isatty() and processes.is_first()))
     for step, batch in zip(bar, stream.batches(start, stop, run.reading.threads, run.reading.ahead,
                                                run.reading.workers), strict=True):
         state, metrics = compiled[batch.bucket](state, put(batch.arrays))
@@ -122,7 +123,7 @@ def _train(config: ml_collections.ConfigDict, workdir: epath.PathLike, stream: S
             bar.set_postfix(loss=f"{values['loss']:.3f}")
             if bar.disable:
                 left = (stop - done) / ((done - start) / (logged - started))
-                print(f"step {done}/{run.steps}  loss {values['loss']:.4f}  {left:.0f} s left", flush=True)
+                processes.say(f"step {done}/{run.steps}  loss {values['loss']:.4f}  {left:.0f} s left")
         checkpoints.check()
         if done % run.checkpoint.every == 0 or done == stop or leaving:
             checkpoints.save(done, state, notes=_notes(config, stream, done))
@@ -135,7 +136,7 @@ def _train(config: ml_collections.ConfigDict, workdir: epath.PathLike, stream: S
     exports.close()
     writer.close()
     if start < done < stop:
-        print(f"preempted: step {done} is saved; the same command goes on from there", flush=True)
+        processes.say(f"preempted: step {done} is saved; the same command goes on from there")
         raise Preempted(done)
     return state, seconds
 
@@ -144,7 +145,7 @@ def _begin(run: TrainConfig, mesh: Mesh, setting: StepConfig, optimizer, placeme
     """The state before the first step, on the mesh."""
     if run.init_from is None:
         return jax.jit(init_state, static_argnums=(0, 1), out_shardings=placement)(setting, optimizer)
-    print(f"starting from {run.init_from}", flush=True)
+    processes.say(f"starting from {run.init_from}")
     begin = jax.jit(init_state, static_argnums=(0, 1), out_shardings=placement, donate_argnums=2)
     return begin(setting, optimizer, load_start(run.init_from, run.model, mesh))
 
@@ -161,7 +162,7 @@ def _compile(state: Any, stream: Stream, start: int, stop: int, put, placement, 
     step = jax.jit(functools.partial(train_step, setting=setting, optimizer=optimizer), donate_argnums=0,
                    out_shardings=(placement, None))
     examples = stream.examples(start, stop)
-    print(f"compiling the training step for {len(examples)} numbers of tokens ...", flush=True)
+    processes.say(f"compiling the training step for {len(examples)} numbers of tokens ...")
     with concurrent.futures.ThreadPoolExecutor() as pool:
         lowered = {bucket: step.lower(state, put(batch)) for bucket, batch in examples.items()}
         return dict(zip(lowered, pool.map(lambda low: low.compile(), lowered.values()), strict=True))

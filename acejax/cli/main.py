@@ -14,6 +14,7 @@ from acejax.errors import UserError
 COMMANDS = {
     "demo": "train a tiny ACE++ on the built-in pictures and score its edits",
     "train": "train from a config: acejax train --config=FILE.py --workdir=DIR [--config.a.b=value]",
+    "plan": "memory and time of a training run before it starts: acejax plan --config=FILE.py --topology=v5e-256",
     "edit": "edit a picture by instruction",
     "convert": "weights of FLUX and ACE++ from one format to another, verified",
     "data": "check pictures, build datasets, cache features",

@@ -1,5 +1,6 @@
 """`acejax COMMAND ...`: picks the command, and turns a user's mistake into one line and exit code 2."""
 
+import errno
 import importlib
 import os
 import pathlib
@@ -13,6 +14,7 @@ from acejax.errors import UserError
 COMMANDS = {
     "demo": "train a tiny ACE++ on the built-in pictures and score its edits",
     "train": "train from a config: acejax train --config=FILE.py --workdir=DIR [--config.a.b=value]",
+    "plan": "memory and time of a training run before it starts: acejax plan --config=FILE.py --topology=v5e-256",
     "edit": "edit a picture by instruction",
     "convert": "weights of FLUX and ACE++ from one format to another, verified",
     "data": "check pictures, build datasets, cache features",
@@ -21,6 +23,8 @@ COMMANDS = {
 _EXTRAS = {"transformers": "text", "ftfy": "text", "optax": "train", "orbax": "train", "grain": "train",
            "tensorflow_datasets": "train", "tensorboardX": "train", "skimage": "demo",
            "matplotlib": "demo", "gcsfs": "gcs"}  # module: the extra that brings it
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # disks, which no program can mend
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -51,6 +55,11 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except UserError as error:
+        print(f"acejax: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
         print(f"acejax: {error}", file=sys.stderr)
         return 2
     except ImportError as error:

@@ -11,7 +11,10 @@ from acejax.workdir import agree, claim, claim_data, lock
 
 
 def main(argv: Sequence[str]) -> int:
-    """Train to the config's last step; the same command again resumes. 75 when the machine was wanted back before."""
+    """Train to the config's last step; the same command again resumes. 75 when the machine was wanted back before.
+
+    With several processes, 69 when another one has failed.
+    """
     parsed = parse_config("train", argv, _define)
     if parsed is None:
         return 0
@@ -19,15 +22,18 @@ def main(argv: Sequence[str]) -> int:
     workdir = values["workdir"].value
     if workdir is None:
         raise UserError("train: --workdir=DIR is missing")
+    from acejax.parallel import processes
     from acejax.parallel.mesh import split_cpu
 
     split_cpu(values["cpu_devices"].value)
-    with lock(workdir):
+    joining = {name: values[name].value for name in ("coordinator", "processes", "process", "patience", "silence")}
+    with processes.joined(**joining), lock(workdir):
         _train(config, workdir, values["profile"].value, values["dump_hlo"].value)
     return 0
 
 
 def _train(config: ml_collections.ConfigDict, workdir: str, profile: str, dump_hlo: str) -> None:
+    from acejax.parallel.processes import say
     from acejax.train import loop
     from acejax.train.decode import make_decode
     from acejax.train.profile import window_of
@@ -55,7 +61,7 @@ def _train(config: ml_collections.ConfigDict, workdir: str, profile: str, dump_h
         stream = inputs.make_stream(data.stages, run.steps, data.batches, table, mesh, run.seed, data.max_broken,
                                     run.optimizer.accumulate)
     _, seconds = loop.train(config, workdir, stream, held_out=held_out, profile=profile, dump_hlo=dump_hlo)
-    print(f"trained to step {config.steps}: {', '.join(f'{name} {value:.0f} s' for name, value in seconds.items())}")
+    say(f"trained to step {config.steps}: {', '.join(f'{name} {value:.0f} s' for name, value in seconds.items())}")
 
 
 def _define(values: flags.FlagValues) -> None:
@@ -66,3 +72,10 @@ def _define(values: flags.FlagValues) -> None:
                         "Perfetto.", flag_values=values)
     flags.DEFINE_string("dump_hlo", "", "A folder that gets each compiled step as XLA's text, and the memory it takes.",
                         flag_values=values)
+    flags.DEFINE_string("coordinator", None, "HOST:PORT at which process 0 waits for the others. TPU pods, srun and "
+                        "mpirun need none of these three.", flag_values=values)
+    flags.DEFINE_integer("processes", None, "Processes that train together.", flag_values=values)
+    flags.DEFINE_integer("process", None, "Which one this is, from 0.", flag_values=values)
+    flags.DEFINE_float("patience", 300, "Seconds that all processes have for finding each other.", flag_values=values)
+    flags.DEFINE_float("silence", 60, "Seconds without a sign of life after which a process is given up.",
+                       flag_values=values)

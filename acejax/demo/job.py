@@ -41,6 +41,7 @@ from acejax.demo.surroundings import (
 )
 from acejax.errors import UserError
 from acejax.model.config import MMDiTConfig
+from acejax.parallel import processes
 from acejax.train import loop
 from acejax.train.config import TrainConfig
 from acejax.train.validate import HeldOut
@@ -82,11 +83,12 @@ def prepare(config: ml_collections.ConfigDict, workdir: epath.PathLike
     """
     run, mesh = check(config)
     claim(workdir, config.to_dict(), loop.FREE)
-    print("writing the pictures, fitting the autoencoder, encoding ...", flush=True)
-    folder = build(epath.Path(workdir) / "data", {
-        "train": Drawn(config.data.samples, config.seed, "train"),
-        "test": Drawn(config.evaluate.samples, TEST_SEED, "test"),
-        "held": Drawn(config.evaluate.held, TEST_SEED, "held")})
+    processes.say("writing the pictures, fitting the autoencoder, encoding ...")
+    with processes.first_alone("dataset"):
+        folder = build(epath.Path(workdir) / "data", {
+            "train": Drawn(config.data.samples, config.seed, "train"),
+            "test": Drawn(config.evaluate.samples, TEST_SEED, "test"),
+            "held": Drawn(config.evaluate.held, TEST_SEED, "held")})
     rows = dataset.read(folder, "train")
     picks = np.random.default_rng(config.seed).permutation(len(rows))[:FIT_PICTURES]
     autoencoder = fit_autoencoder(normalize(np.stack([decoded(rows[index])["target"] for index in picks])))
@@ -122,7 +124,8 @@ def run(config: ml_collections.ConfigDict, workdir: epath.PathLike, setup_second
     started = time.time()
     note = {"command": f"acejax demo --config.seed={config.seed} --config.steps={config.steps}",
             "train_seconds": round(seconds["train"], 1)}
-    weights.save(workdir / "weights", MMDiTConfig(**config.model), state.params, autoencoder, note)
+    params = state.params if state.ema is None else state.ema
+    weights.save(workdir / "weights", MMDiTConfig(**config.model), params, autoencoder, note)
     editor = weights.load_editor(workdir / "weights", config.evaluate.steps)  # what is judged is what is saved
     test, held = ({task: [row for row in rows if row["task"] == task] for task in TASKS}
                   for rows in (list(map(decoded, dataset.read(folder, split))) for split in ("test", "held")))

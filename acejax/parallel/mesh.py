@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 
 import jax
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from acejax.errors import UserError
 
@@ -23,17 +23,26 @@ def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[jax.Devi
       UserError: an unknown axis, or sizes that do not make the number of devices.
     """
     devices = jax.devices() if devices is None else devices
+    return jax.make_mesh(_sizes(shape, len(devices)), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def abstract_mesh(shape: Mapping[str, int], devices: int) -> AbstractMesh:
+    """As `make_mesh`, over so many devices that need not be there: rules tell shapes by it."""
+    return AbstractMesh(_sizes(shape, devices), AXES)
+
+
+def _sizes(shape: Mapping[str, int] | None, devices: int) -> tuple[int, ...]:
     shape = dict(shape or {"data": -1})
     unknown = set(shape) - set(AXES)
     if unknown:
         raise UserError(f"mesh: unknown axis {', '.join(sorted(unknown))}; the axes are {', '.join(AXES)}")
     sizes = [shape.get(axis, 1) for axis in AXES]
     fixed = math.prod(size for size in sizes if size != -1)
-    if sizes.count(-1) == 1 and fixed > 0 and len(devices) % fixed == 0:
-        sizes[sizes.index(-1)] = len(devices) // fixed
-    if math.prod(sizes) != len(devices) or min(sizes) < 1:
-        raise UserError(f"mesh: {shape} does not make up the {len(devices)} devices at hand")
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    if sizes.count(-1) == 1 and fixed > 0 and devices % fixed == 0:
+        sizes[sizes.index(-1)] = devices // fixed
+    if math.prod(sizes) != devices or min(sizes) < 1:
+        raise UserError(f"mesh: {shape} does not make up the {devices} devices at hand")
+    return tuple(sizes)
 
 
 def split_cpu(devices: int) -> None:

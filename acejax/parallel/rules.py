@@ -20,6 +20,7 @@ RULES = (
     (r"qkv/bias$", (None, "tensor", None)),
     (r"modulation/(kernel|q)$", ("fsdp", None, "tensor")),  # [in, 6 or 3, hidden]
     (r"(proj|mlp_out|out_layer)/(kernel|q)$", ("tensor", "fsdp")),
+    (r"modulation/bias$", (None, "tensor")),
     (r"mlp_in/bias$", ("tensor",)),
     (r"/(kernel|q)$", ("fsdp", "tensor")),
     # a LoRA pair: a [in, rank] lies as the kernel's inputs, b [rank, *features] as its features

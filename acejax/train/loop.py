@@ -18,7 +18,7 @@ from acejax.data.stream import Stream
 from acejax.model.config import Execution
 from acejax.parallel import batch as batches
 from acejax.parallel import mesh as meshes
-from acejax.parallel import rules
+from acejax.parallel import processes, rules
 from acejax.train.config import TrainConfig
 from acejax.train.export import Exports
 from acejax.train.optimizer import make_optimizer
@@ -75,14 +75,14 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike, stream: St
         export that can't be written.
       Preempted: SIGTERM reached a process of the run; the step is saved.
     """
-    with Preemption() as preemption:
-        return _train(config, workdir, stream, until, preemption, held_out, profile, dump_hlo)
-
-
-def _train(config: ml_collections.ConfigDict, workdir: epath.PathLike, stream: Stream, until: int | None,
-           preemption: Preemption, held_out: HeldOut | None, profile: str, dump_hlo: str
-           ) -> tuple[TrainState, dict[str, float]]:
     run, mesh = check(config)
+    with Preemption() as preemption:
+        return _train(run, mesh, config, workdir, stream, until, preemption, held_out, profile, dump_hlo)
+
+
+def _train(run: TrainConfig, mesh: Mesh, config: ml_collections.ConfigDict, workdir: epath.PathLike, stream: Stream,
+           until: int | None, preemption: Preemption, held_out: HeldOut | None, profile: str, dump_hlo: str
+           ) -> tuple[TrainState, dict[str, float]]:
     claim(workdir, config.to_dict(), FREE)
     how = run.execution
     setting = run.setting(Execution(how.dtype, how.attention, how.remat, rules.constrain(mesh), rules.share(mesh)),
@@ -96,7 +96,7 @@ def _train(config: ml_collections.ConfigDict, workdir: epath.PathLike, stream: S
                         abstract, placement)
     if restored := checkpoints.restore(like):
         start, state = restored
-        print(f"resuming {workdir} at step {start}", flush=True)
+        processes.say(f"resuming {workdir} at step {start}")
     else:
         state, start = _begin(run, mesh, setting, optimizer, placement), 0
 
@@ -114,7 +114,8 @@ def _train(config: ml_collections.ConfigDict, workdir: epath.PathLike, stream: S
     profiler = Profiler(workdir, profile, start)
     exports = Exports(workdir, run.model, run.checkpoint.export_layout)
     done = start
-    bar = tqdm(range(start, stop), initial=start, total=run.steps, unit="step", disable=not sys.stderr.isatty())
+    bar = tqdm(range(start, stop), initial=start, total=run.steps, unit="step",
+               disable=not (sys.stderr.isatty() and processes.is_first()))
     with contextlib.closing(checkpoints), contextlib.closing(exports), contextlib.closing(watch), \
             contextlib.closing(profiler):  # whatever ends the run: what is being saved is saved
         for step, batch in zip(bar, stream.batches(start, stop, run.reading.threads, run.reading.ahead,
@@ -137,7 +138,7 @@ def _train(config: ml_collections.ConfigDict, workdir: epath.PathLike, stream: S
                 break
     seconds["train"] = watch.seconds
     if start < done < stop:
-        print(f"preempted: step {done} is saved; the same command goes on from there", flush=True)
+        processes.say(f"preempted: step {done} is saved; the same command goes on from there")
         raise Preempted(done)
     return state, seconds
 
@@ -146,7 +147,7 @@ def _begin(run: TrainConfig, mesh: Mesh, setting: StepConfig, optimizer, placeme
     """The state before the first step, on the mesh."""
     if run.init_from is None:
         return jax.jit(init_state, static_argnums=(0, 1), out_shardings=placement)(setting, optimizer)
-    print(f"starting from {run.init_from}", flush=True)
+    processes.say(f"starting from {run.init_from}")
     begin = jax.jit(init_state, static_argnums=(0, 1), out_shardings=placement, donate_argnums=2)
     return begin(setting, optimizer, load_start(run.init_from, run.model, mesh))
 
@@ -159,7 +160,7 @@ def _show(bar: tqdm, done: int, stop: int, values: dict[str, float]) -> None:
         bar.set_postfix(shown)
     if bar.disable and "steps_per_second" in values:
         left = (stop - done) / values["steps_per_second"]
-        print(f"step {done}/{bar.total}  {'  '.join(map(' '.join, shown.items()))}  {left:.0f} s left", flush=True)
+        processes.say(f"step {done}/{bar.total}  {'  '.join(map(' '.join, shown.items()))}  {left:.0f} s left")
 
 
 def _notes(config: ml_collections.ConfigDict, stream: Stream, step: int) -> dict[str, Any]:
@@ -174,7 +175,7 @@ def _compile(state: Any, stream: Stream, start: int, stop: int, put, placement, 
     step = jax.jit(functools.partial(train_step, setting=setting, optimizer=optimizer), donate_argnums=0,
                    out_shardings=(placement, None))
     examples = stream.examples(start, stop)
-    print(f"compiling the training step for {len(examples)} numbers of tokens ...", flush=True)
+    processes.say(f"compiling the training step for {len(examples)} numbers of tokens ...")
     with concurrent.futures.ThreadPoolExecutor() as pool:
         lowered = {bucket: step.lower(state, put(batch)) for bucket, batch in examples.items()}
         return dict(zip(lowered, pool.map(lambda low: low.compile(), lowered.values()), strict=True))

@@ -1,0 +1,124 @@
+"""`acejax plan`: what a run needs, before anything is downloaded, made or compiled."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from absl import flags
+from etils import epath
+
+from acejax.cli.config import parse_config
+from acejax.data.layout import CanvasConfig
+from acejax.data.stream import batch_sizes
+from acejax.errors import UserError
+from acejax.parallel import rules
+from acejax.parallel.chips import topology
+from acejax.parallel.mesh import abstract_mesh
+from acejax.train.config import TrainConfig
+from acejax.train.plan import GB, Plan, plan
+from acejax.train.plan_compile import FLAGS, Compiled, compile_step
+
+OFF = 0.1  # the most that a plan may be off from what XLA says
+
+
+def main(argv: Sequence[str]) -> int:
+    """Plan a run; 1 where it does not fit, or is not what was compiled."""
+    parsed = parse_config("plan", argv, _define)
+    if parsed is None:
+        return 0
+    values, config = parsed
+    if values["topology"].value is None:
+        raise UserError("plan: --topology=NAME is missing: h100x8, v5e-256, v5p-128, cpu:64 ...")
+    chip, devices = topology(values["topology"].value)
+    run = TrainConfig.of(config)
+    text = values["text"].value or config.get("encoders", {}).get("text_length", 512)
+    buckets = _buckets(run, config, devices, values["tokens"].value, values["samples"].value)
+    found = plan(run, buckets, text, chip, devices, values["efficiency"].value)
+    print(found.table(), flush=True)
+    report, good = {"topology": values["topology"].value, "plan": dataclasses.asdict(found)}, found.fits
+    if values["compile"].value:
+        modelled = found if chip is None else plan(run, buckets, text, None, devices)
+        made = _compile(argv, run, modelled)
+        report |= {"compiled": dataclasses.asdict(made), "modelled": dataclasses.asdict(modelled)}
+        good = _compare(modelled, made) and good
+    if path := values["json"].value:
+        beside = epath.Path(f"{path}.part")
+        beside.write_text(json.dumps(report, indent=1) + "\n")
+        beside.replace(path)
+    return 0 if good else 1
+
+
+def _buckets(run: TrainConfig, config: Any, devices: int, tokens: int, samples: int) -> dict[int, int]:
+    """Samples of a batch by image tokens: those given, or the greatest that the config allows, whatever the data is.
+
+    A canvas whose pictures have a budget each holds a reference as large as the target; more references make more.
+    """
+    mesh = abstract_mesh(run.mesh, devices)
+    parts = rules.batch_parts(mesh, run.optimizer.accumulate)
+    if tokens:
+        return {tokens: samples or parts}
+    if samples:
+        raise UserError("plan: --samples needs --tokens")
+    data = config.data
+    if data.get("batch_sizes"):
+        return {image: count for image, count in data.batch_sizes}
+    if "batch_tokens" not in data:
+        raise UserError("config.data has neither batch_sizes nor batch_tokens; plan --tokens=N can do without them")
+    canvas = data.get("canvas", {})
+    picture = canvas.get("max_tokens", CanvasConfig.max_tokens)
+    references = any(stage.get("references", 1) != 0 for stage in config.get("stages", ()))
+    pictures = 2 if references and canvas.get("budget", CanvasConfig.budget) == "picture" else 1
+    return batch_sizes(sorted({picture, pictures * picture}), data.batch_tokens, parts)
+
+
+def _compile(argv: Sequence[str], run: TrainConfig, modelled: Plan) -> Compiled:
+    """The largest step compiled over virtual devices, which must be there before jax starts: in another process."""
+    if modelled.largest.attention not in ("xla", "xla_chunked"):
+        raise UserError("plan: --compile uses virtual CPU devices, which have no attention by "
+                        f"{modelled.largest.attention}; add --config.execution.attention=xla_chunked")
+    print(f"\ncompiling the step over {modelled.devices} virtual CPU devices ...", flush=True)
+    step = [modelled.largest.samples, modelled.largest.image, modelled.text]
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={modelled.devices} {FLAGS}"}
+    child = subprocess.run([sys.executable, "-m", "acejax.cli.plan", json.dumps(step), *argv], env=environment,
+                           stdout=subprocess.PIPE, text=True, check=False)
+    if child.returncode:
+        raise UserError(f"plan: the step did not compile (exit code {child.returncode}); the lines above tell why")
+    return Compiled(**json.loads(child.stdout.splitlines()[-1]))
+
+
+def _compare(modelled: Plan, made: Compiled) -> bool:
+    held = modelled.largest.memory
+    off = held.total / (made.arguments + made.temporaries) - 1
+    print(f"XLA says {made.arguments / GB:.3f} GB given + {made.temporaries / GB:.3f} beside ({made.seconds:.0f} s); "
+          f"the plan for this backend {held.arguments / GB:.3f} + {held.temporaries / GB:.3f}: {off:+.1%}")
+    wrong = [f"the plan is off by more than {OFF:.0%}"] if abs(off) > OFF else []
+    wrong += [f"a whole stack is gathered at once: {', '.join(made.stack_gathers)}"] if made.stack_gathers else []
+    wrong += [f"gradients are reduced more than once: {', '.join(made.repeated_reductions)}"
+              ] if made.repeated_reductions else []
+    print("\n".join(wrong) or "no gather of a whole stack, one reduction for each gradient")
+    return not wrong
+
+
+def _define(values: flags.FlagValues) -> None:
+    flags.DEFINE_string("topology", None, "Devices to plan for: h100x8, v5e-256, v5p-128, cpu:64 ...",
+                        flag_values=values)
+    flags.DEFINE_float("efficiency", 0.5, "Share of the chip's peak that matrix products reach.", flag_values=values)
+    flags.DEFINE_integer("tokens", None, "Image tokens of a sample; by default as the config has it.", lower_bound=1,
+                         flag_values=values)
+    flags.DEFINE_integer("samples", None, "Samples of a batch of --tokens, over all devices; by default one a device.",
+                         lower_bound=1, flag_values=values)
+    flags.DEFINE_integer("text", None, "Text tokens of a sample; by default as the config has it.", lower_bound=1,
+                         flag_values=values)
+    flags.DEFINE_boolean("compile", False, "Hold the plan against the compiled step of as many virtual CPU devices.",
+                         flag_values=values)
+    flags.DEFINE_string("json", None, "Where to write the plan as JSON.", flag_values=values)
+
+
+if __name__ == "__main__":  # the other process of `_compile`
+    _, parsed_config = parse_config("plan", sys.argv[2:], _define)
+    print(json.dumps(dataclasses.asdict(compile_step(TrainConfig.of(parsed_config), *json.loads(sys.argv[1])))))

@@ -1,0 +1,129 @@
+"""The real training step of a run, compiled from abstract values: what XLA says that it holds and communicates.
+
+On virtual CPU devices this is the program that an accelerator would run, but for what `OPTIONS` and
+`acejax.train.plan.BACKENDS` tell.
+"""
+
+import collections
+import dataclasses
+import functools
+import re
+import time
+from collections.abc import Set
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from acejax.model.config import Execution, MMDiTConfig
+from acejax.parallel import mesh as meshes
+from acejax.parallel import rules
+from acejax.train.config import TrainConfig
+from acejax.train.optimizer import make_optimizer
+from acejax.train.step import init_state, train_step
+
+# A CPU multiplies bfloat16 matrices in float32, and XLA's loop-invariant code motion then converts what all layers have
+# saved ahead of the scan; no other backend has that. Its scheduler starts what can run beside each other, where those
+# of a GPU and a TPU keep memory low. (Options by flag: the scheduler, and no effort for the speed of the code.)
+OPTIONS = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
+FLAGS = "--xla_cpu_enable_concurrency_optimized_scheduler=false --xla_backend_optimization_level=0"
+STACKS = ("double_blocks", "single_blocks")
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """A compiled step, of one device.
+
+    Attributes:
+      arguments: bytes of state and batch.
+      temporaries: bytes beside them.
+      seconds: that compiling took.
+      stack_gathers: shapes of gathers that bring together a whole stack of layers at once.
+      repeated_reductions: shapes of parameters whose gradients are reduced oftener than once each.
+    """
+
+    arguments: int
+    temporaries: int
+    seconds: float
+    stack_gathers: tuple[str, ...]
+    repeated_reductions: tuple[str, ...]
+
+
+def abstract_batch(model: MMDiTConfig, samples: int, image: int, text: int, dtype: Any = jnp.bfloat16
+                   ) -> dict[str, Any]:
+    """A batch of features (`acejax.data.stream.Batch`) as ShapeDtypeStructs; `dtype` is the cache's."""
+    def array(*shape, dtype=dtype):
+        return jax.ShapeDtypeStruct((samples, *shape), dtype)
+
+    return {name: array(image, 64) for name in ("edit", "modify", "target")} | {
+        "mask": array(image, 256, dtype=jnp.uint8), "unit": array(image, dtype=jnp.int8),
+        "positions": array(image, 3, dtype=jnp.int32), "lengths": array(dtype=jnp.int32),
+        "text": array(text, model.context_in_dim), "pooled": array(model.vec_in_dim), "task": array(dtype=jnp.int32)}
+
+
+def compile_step(run: TrainConfig, samples: int, image: int, text: int) -> Compiled:
+    """Compile the step of one bucket over all devices that jax has.
+
+    Args:
+      run: the run.
+      samples: of a batch, over all devices.
+      image, text: tokens of a sample.
+    """
+    mesh = meshes.make_mesh(run.mesh)
+    rules.check_batch(mesh, samples, run.optimizer.accumulate)
+    how = run.execution
+    setting = run.setting(Execution(how.dtype, how.attention, how.remat, rules.constrain(mesh), rules.share(mesh)),
+                          references=1, tasks=8)
+    optimizer = make_optimizer(run.optimizer, run.steps)
+    state = jax.eval_shape(functools.partial(init_state, setting, optimizer))
+    placed = rules.shardings(state, mesh)
+    batch = abstract_batch(run.model, samples, image, text)
+    state, batch = _place(state, placed), _place(batch, dict.fromkeys(batch, rules.batch_sharding(mesh)))
+    step = jax.jit(functools.partial(train_step, setting=setting, optimizer=optimizer), donate_argnums=0,
+                   out_shardings=(placed, None))
+    started = time.perf_counter()
+    compiled = step.lower(state, batch).compile(OPTIONS if jax.default_backend() == "cpu" else None)
+    seconds = time.perf_counter() - started
+    memory, hlo = compiled.memory_analysis(), compiled.as_text()
+    part = samples // run.optimizer.accumulate
+    return Compiled(memory.argument_size_in_bytes, memory.temp_size_in_bytes, seconds, stack_gathers(hlo, state.params),
+                    repeated_reductions(hlo, state.params, {samples, part, image, text, image + text}))
+
+
+def _place(tree: Any, places: Any) -> Any:
+    return jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), tree, places)
+
+
+def stack_gathers(hlo: str, params: Any) -> tuple[str, ...]:
+    """All-gathers of a compiled step whose result has a whole stack's layers. (Layers go one by one through a scan.)"""
+    lengths = {jax.tree.leaves(params[name])[0].shape[0] for name in STACKS}
+    return tuple(f"{kind}[{','.join(map(str, shape))}]" for kind, shape in _results(hlo, "all-gather")
+                 if len(shape) > 2 and shape[0] in lengths)
+
+
+def repeated_reductions(hlo: str, params: Any, others: Set[int]) -> tuple[str, ...]:
+    """Shapes of the stacks' kernels, without the layers, that more reductions have than there are such kernels.
+
+    A kernel with an axis of a size in `others`, those of a batch, can't be told from activations and is left out.
+    """
+    kernels, stacked = collections.Counter(), set()
+    for keys, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
+        if (path := rules.path_of(keys)).endswith("kernel"):
+            shape = leaf.shape[1:] if path.startswith(STACKS) else leaf.shape
+            kernels[_name(shape)] += 1
+            if path.startswith(STACKS) and others.isdisjoint(shape):
+                stacked.add(_name(shape))
+    found = collections.Counter(_name(shape) for _, shape in _results(hlo, "all-reduce", "reduce-scatter"))
+    return tuple(f"[{name}]: {found[name]} for {kernels[name]}" for name in sorted(stacked)
+                 if found[name] > kernels[name])
+
+
+def _name(shape: tuple[int, ...]) -> str:
+    return ",".join(map(str, sorted(size for size in shape if size > 1)))  # a gradient may come transposed
+
+
+def _results(hlo: str, *operations: str) -> list[tuple[str, tuple[int, ...]]]:
+    """(dtype, shape) of each result of these operations, asynchronous or not; combined ones have several."""
+    lines = re.findall(rf"= (.*?) (?:{'|'.join(operations)})(?:-start)?\(", hlo)
+    return [(kind, tuple(int(size) for size in shape.split(",") if size)) for line in lines
+            for kind, shape in re.findall(r"\b([a-z]+\d+)\[([\d,]*)\]", line)]

@@ -1,0 +1,160 @@
+"""Bytes of one device in a training step, in closed form: nothing is compiled, no array is made."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh
+
+from acejax.model import attention
+from acejax.model.config import MMDiTConfig
+from acejax.model.mmdit import init
+from acejax.parallel import rules
+from acejax.train.config import OptimizerConfig, TrainConfig
+from acejax.train.optimizer import make_optimizer
+from acejax.train.plan_compile import abstract_batch
+
+
+@dataclasses.dataclass(frozen=True)
+class Backend:
+    """What a compiler holds beside what the program says, while one block is recomputed and differentiated.
+
+    Attributes:
+      mlp, heads, hidden: arrays [B, tokens, hidden_size] of the activations' dtype: of the MLP, of q, k, v and what
+        attention makes of them, of the residual stream.
+      logits: float32 arrays of attention's logits, where attention is no kernel.
+      gathered: weights of a block gathered and cast, `f(config, bytes of the activations' dtype)`.
+      reserve: bytes for what is not counted, and for holes between buffers.
+    """
+
+    mlp: float
+    heads: float
+    hidden: float
+    logits: int
+    gathered: Callable[[MMDiTConfig, int], float]
+    reserve: float
+
+
+def _two_blocks(config: MMDiTConfig, itemsize: int) -> float:
+    """A double block in use and the next one on its way."""
+    width = config.hidden_size
+    return 2 * itemsize * 2 * (4 * width**2 + 2 * width * config.mlp_size + 6 * width**2)
+
+
+def _float32_copies(config: MMDiTConfig, itemsize: int) -> float:
+    """XLA:CPU multiplies in float32 and communicates in it too: three kernels of an MLP, and two of qkv as they are."""
+    width = config.hidden_size
+    return 3 * 4 * width * config.mlp_size + 2 * itemsize * 3 * width**2
+
+
+# "cpu" is what `acejax.train.plan_compile` sees on virtual devices (XLA of jax 0.10 to 0.12). The others count every
+# array of the block's backward pass once and have not been held against such a device.
+BACKENDS = {
+    "cpu": Backend(mlp=7, heads=4, hidden=3, logits=3, gathered=_float32_copies, reserve=0.1e9),
+    "gpu": Backend(mlp=16, heads=8, hidden=4, logits=3, gathered=_two_blocks, reserve=1.5e9),
+    "tpu": Backend(mlp=16, heads=8, hidden=4, logits=3, gathered=_two_blocks, reserve=1.5e9),
+}
+# Arrays [B, tokens, hidden_size] that a double and a single block save for the backward pass, by remat: of the residual
+# stream (the block's input), and of heads and MLP (attention's output). "none" are all residuals of differentiation.
+SAVED = {"full": ((1, 0), (1, 0)), "attention": ((1, 1), (1, 1)), "none": ((16, 38), (9, 37))}
+VECTORS = 133  # float32 [hidden_size] that modulation holds of each sample of all devices
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes of one device.
+
+    Attributes:
+      parameters, optimizer, average, batch: what the step is given: float32 parameters, moments, EMA, features.
+      gradients: of all parameters; twice where parts of a batch are added up.
+      saved: what blocks keep for the backward pass.
+      working: what is live while one block is recomputed and differentiated.
+      gathered: weights of the block at work, from all devices.
+      vectors: modulation of all samples: its kernels, a quarter of the weights, are not gathered, each device
+        multiplies its rows with the vectors of all.
+      reserve: see Backend.
+    """
+
+    parameters: float
+    optimizer: float
+    average: float
+    batch: float
+    gradients: float
+    saved: float
+    working: float
+    gathered: float
+    vectors: float
+    reserve: float
+
+    @property
+    def arguments(self) -> float:
+        return self.parameters + self.optimizer + self.average + self.batch
+
+    @property
+    def temporaries(self) -> float:
+        return self.total - self.arguments
+
+    @property
+    def total(self) -> float:
+        return sum(dataclasses.asdict(self).values())
+
+
+def memory(run: TrainConfig, mesh: AbstractMesh, samples: int, image: int, text: int, backend: str) -> Memory:
+    """Bytes of one device in a step over `samples` of `image` and `text` tokens.
+
+    With B samples a device and a part of the batch, N tokens, H heads, A = B N hidden_size / seq arrays of the
+    activations' dtype:
+
+        saved    A (double blocks + single blocks) by `SAVED`, what is of heads or MLP over the tensor axis
+        working  A (mlp + heads + hidden), and logits 4 B H chunk N, of a kernel 8 B H N
+        vectors  4 samples hidden_size VECTORS
+    """
+    model, dtype, held = run.model, jnp.dtype(run.execution.dtype), BACKENDS[backend]
+    tensor, seq, accumulate = mesh.shape["tensor"], mesh.shape["seq"], run.optimizer.accumulate
+    parameters, optimizer = state_bytes(model, run.optimizer, mesh)
+    local = samples / rules.batch_parts(mesh, accumulate)
+    tokens = image + text
+    array = local * tokens / seq * model.hidden_size * dtype.itemsize
+    blocks = (model.depth, model.depth_single_blocks)
+    saved = sum(count * array * (hidden + split / tensor)
+                for count, (hidden, split) in zip(blocks, SAVED[run.execution.remat], strict=True))
+    batch = abstract_batch(model, 1, image, text)
+    return Memory(
+        parameters=parameters, optimizer=optimizer, average=parameters if run.optimizer.ema else 0.0,
+        batch=sum(leaf.size * leaf.dtype.itemsize for leaf in batch.values()) * samples / rules.batch_parts(mesh),
+        gradients=parameters * (1 if accumulate == 1 else 2), saved=saved,
+        working=array * ((held.mlp + held.heads) / tensor + held.hidden)
+        + _logits(run, local, tokens, held) / (tensor * seq),
+        gathered=held.gathered(model, dtype.itemsize) / tensor,
+        vectors=4 * samples / accumulate * model.hidden_size * VECTORS, reserve=held.reserve)
+
+
+def _logits(run: TrainConfig, samples: float, tokens: int, held: Backend) -> float:
+    name = attention_of(run.execution.attention, tokens)
+    if name not in ("xla", "xla_chunked"):
+        return 8 * samples * run.model.num_heads * tokens  # a kernel keeps two numbers a row
+    chunk = tokens if name == "xla" else -(-tokens // -(-tokens // attention.CHUNK))
+    return 4 * held.logits * samples * run.model.num_heads * chunk * tokens
+
+
+def attention_of(name: str, tokens: int) -> str:
+    """The implementation that `acejax.model.attention` takes for so many tokens."""
+    return ("xla" if tokens <= attention.LONG else "xla_chunked") if name == "auto" else name
+
+
+@functools.lru_cache(maxsize=32)
+def state_bytes(model: MMDiTConfig, config: OptimizerConfig, mesh: AbstractMesh) -> tuple[float, float]:
+    """Bytes of one device: float32 parameters, and the optimizer's state, by the rules of `acejax.parallel.rules`."""
+    params = jax.eval_shape(functools.partial(init, model), jax.random.key(0))
+    state = jax.eval_shape(make_optimizer(config, 1).init, params)
+    return _bytes(params, mesh), _bytes(state, mesh)
+
+
+def _bytes(tree: Any, mesh: AbstractMesh) -> float:
+    return float(sum(math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+                     for leaf, place in zip(jax.tree.leaves(tree), jax.tree.leaves(rules.shardings(tree, mesh)),
+                                            strict=True)))

@@ -9,6 +9,7 @@ from etils import epath
 
 from acejax.data import written
 from acejax.errors import UserError
+from acejax.parallel import processes
 from acejax.parallel.processes import say
 
 

@@ -9,7 +9,6 @@ from etils import epath
 
 from acejax.data import written
 from acejax.errors import UserError
-from acejax.parallel import processes
 from acejax.parallel.processes import say
 
 

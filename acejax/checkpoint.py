@@ -18,11 +18,12 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
+from acejax import __version__
 from acejax.errors import UserError
 from acejax.model.config import AutoencoderConfig, CLIPConfig, MMDiTConfig, T5Config
 
 _KINDS = {kind.__name__: kind for kind in (MMDiTConfig, AutoencoderConfig, T5Config, CLIPConfig)}
-_LIBRARIES = ("acejax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
+_LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
 _BLOCK = 2**22  # numbers
 _GROUP = 2**26  # bytes of small leaves that one program sums: XLA on a CPU makes a copy of each
 
@@ -62,7 +63,11 @@ class Checkpoints:
           OSError, ValueError: they are damaged.
         """
         notes = json.loads((self._folder / str(step) / "notes" / "metadata").read_text())
-        if not isinstance(notes, dict) or not {"step", "score", "versions", "checksums"} <= notes.keys():
+        try:
+            whole = "score" in notes and all(len(mark) == 2 for mark in notes["checksums"].values())
+        except (AttributeError, KeyError, TypeError):
+            whole = False
+        if not whole:
             raise ValueError(f"the notes of step {step} are not whole")
         return notes
 
@@ -141,9 +146,9 @@ class Checkpoints:
             problem = _reason(error)
         if _anywhere(problem is not None):
             return None, problem or "another process cannot read its part"
-        found = _checksums(state)
-        wrong = [path for path, (dtype, value) in notes["checksums"].items()
-                 if path in found and found[path][0] == dtype and found[path][1] != value]
+        saved = notes["checksums"]
+        wrong = [path for path, (dtype, value) in _checksums(state).items()
+                 if path not in saved or saved[path][0] == dtype and saved[path][1] != value]
         return (None, f"{wrong[0]} has other numbers than were saved") if wrong else (state, None)
 
     def _set_aside(self, step: int, problem: str, instead: int) -> None:
@@ -192,6 +197,7 @@ class _Kept:
     scores: dict[int, float]
 
     def note(self, step: int, score: float | None) -> None:
+        self.scores.pop(step, None)
         if score is not None:
             self.scores[step] = score
 
@@ -203,8 +209,8 @@ class _Kept:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and the libraries whose numbers a run depends on; those not installed are left out."""
-    found = {"python": platform.python_version()}
+    """Of Python, acejax and the libraries that a run's numbers depend on; those not installed are left out."""
+    found = {"python": platform.python_version(), "acejax": __version__}
     for name in _LIBRARIES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)

@@ -67,7 +67,7 @@ def test_what_is_saved_comes_back(three):
     assert_equal(state, make_state(3))
     notes = checkpoints.notes(3)
     assert notes["step"] == 3 and notes["data"] == {"digest": "abc"} and notes["score"] is None
-    assert {"python", "jax", "flax", "optax", "orbax-checkpoint"} <= notes["versions"].keys()
+    assert {"python", "acejax", "jax", "flax", "optax", "orbax-checkpoint"} <= notes["versions"].keys()
     checkpoints.save(3, make_state(4))  # is there already
     checkpoints.close()
     assert_equal(Checkpoints(three, keep=3).restore(make_state(0))[1], make_state(3))
@@ -121,6 +121,8 @@ DAMAGE = {
     "no notes": lambda run: shutil.rmtree(run / "checkpoints/3/notes"),
     "broken notes": lambda run: truncate(run / "checkpoints/3/notes/metadata"),
     "other notes": lambda run: (run / "checkpoints/3/notes/metadata").write_text("[]"),
+    "notes of other kinds": lambda run: (run / "checkpoints/3/notes/metadata").write_text(
+        '{"score": null, "checksums": {"step": 3}}'),
     "empty": lambda run: [path.write_bytes(b"") for path in files(run, 3, "")],
 }
 

@@ -39,10 +39,14 @@ class Backend:
     reserve: float
 
 
+def _block(config: MMDiTConfig) -> int:
+    """Weights of a double block's kernels, the largest there is."""
+    return 2 * config.hidden_size * (10 * config.hidden_size + 2 * config.mlp_size)
+
+
 def _two_blocks(config: MMDiTConfig, itemsize: int) -> float:
-    """A double block in use and the next one on its way."""
-    width = config.hidden_size
-    return 2 * itemsize * 2 * (4 * width**2 + 2 * width * config.mlp_size + 6 * width**2)
+    """One in use and the next one on its way."""
+    return 2 * itemsize * _block(config)
 
 
 def _float32_copies(config: MMDiTConfig, itemsize: int) -> float:
@@ -76,6 +80,8 @@ class Memory:
       gathered: weights of the block at work, from all devices.
       vectors: modulation of all samples: its kernels, a quarter of the weights, are not gathered, each device
         multiplies its rows with the vectors of all.
+      updating: what Muon needs more than the backward pass: the gradients once more, and a block's matrices, not
+        sharded, three times in float32.
       reserve: see Backend.
     """
 
@@ -88,6 +94,7 @@ class Memory:
     working: float
     gathered: float
     vectors: float
+    updating: float
     reserve: float
 
     @property
@@ -123,14 +130,17 @@ def memory(run: TrainConfig, mesh: AbstractMesh, samples: int, image: int, text:
     saved = sum(count * array * (hidden + split / tensor)
                 for count, (hidden, split) in zip(blocks, SAVED[run.execution.remat], strict=True))
     batch = abstract_batch(model, 1, image, text)
+    working = array * ((held.mlp + held.heads) / tensor + held.hidden)
+    working += _logits(run, local, tokens, held) / (tensor * seq)
+    gathered = held.gathered(model, dtype.itemsize) / tensor
+    vectors = 4 * samples / accumulate * model.hidden_size * VECTORS
+    gradients = parameters * (1 if accumulate == 1 else 2)
+    backward, muon = gradients + saved + working + gathered + vectors, 2 * parameters + 3 * 4 * _block(model)
     return Memory(
         parameters=parameters, optimizer=optimizer, average=parameters if run.optimizer.ema else 0.0,
         batch=sum(leaf.size * leaf.dtype.itemsize for leaf in batch.values()) * samples / rules.batch_parts(mesh),
-        gradients=parameters * (1 if accumulate == 1 else 2), saved=saved,
-        working=array * ((held.mlp + held.heads) / tensor + held.hidden)
-        + _logits(run, local, tokens, held) / (tensor * seq),
-        gathered=held.gathered(model, dtype.itemsize) / tensor,
-        vectors=4 * samples / accumulate * model.hidden_size * VECTORS, reserve=held.reserve)
+        gradients=gradients, saved=saved, working=working, gathered=gathered, vectors=vectors,
+        updating=max(muon - backward, 0.0) if run.optimizer.name == "muon" else 0.0, reserve=held.reserve)
 
 
 def _logits(run: TrainConfig, samples: float, tokens: int, held: Backend) -> float:

@@ -16,6 +16,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from acejax.errors import UserError
+from acejax.parallel import processes
 
 LOCK = "lock.json"
 REFRESH = 15.0  # seconds between two signs of life in a lease
@@ -182,6 +183,8 @@ def _taken(workdir: epath.Path, path: epath.Path) -> UserError:
 
 
 def _write(path: epath.Path, content: dict[str, Any]) -> None:
+    if not processes.is_first():
+        return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = path.parent / f"{path.name}.tmp"

@@ -32,10 +32,11 @@ def get_config() -> ConfigDict:
         "loss": {"mask_weight": 4.0, "sigma_shift": 1.2, "sigma_spread": 1.5},
         "optimizer": {"name": "adamw", "learning_rate": 2e-3, "schedule": "cosine", "warmup": 0.02, "b1": 0.9,
                       "b2": 0.99, "weight_decay": 0.01, "clip": 1.0, "accumulate": 1, "ema": 0.0},
-        "validation": {"every": 0},
         "evaluate": {"samples": 192, "held": 96, "steps": 8},  # test samples a task, held-out pairs, Euler steps
         "mesh": {"data": -1, "fsdp": 1, "tensor": 1, "seq": 1},
         "execution": {"dtype": "float32", "attention": "auto", "remat": "none"},
         "checkpoint": {"every": 1000, "keep": 2},
-        "watch": {"every": 50},
+        "watch": {"every": 50, "bad_steps": 10},
+        # none while it trains, as `evaluate` is more than that; every: 500 keeps some samples out and judges by them
+        "validation": {"every": 0, "held": 8, "grid_every": 0, "grid": 2, "steps": 8},
     })

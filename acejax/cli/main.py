@@ -1,5 +1,6 @@
 """`acejax COMMAND ...`: picks the command, and turns a user's mistake into one line and exit code 2."""
 
+import errno
 import importlib
 import os
 import pathlib
@@ -22,6 +23,8 @@ COMMANDS = {
 _EXTRAS = {"transformers": "text", "ftfy": "text", "optax": "train", "orbax": "train", "grain": "train",
            "tensorflow_datasets": "train", "tensorboardX": "train", "skimage": "demo",
            "matplotlib": "demo", "gcsfs": "gcs"}  # module: the extra that brings it
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # disks, which no program can mend
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -52,6 +55,11 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except UserError as error:
+        print(f"acejax: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
         print(f"acejax: {error}", file=sys.stderr)
         return 2
     except ImportError as error:

@@ -1,17 +1,23 @@
 """From a config to what a run reads: its samples, their features, the stream of batches."""
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from jax.sharding import Mesh
 
+from acejax import fields
 from acejax.data import buckets
+from acejax.data.augment import AugmentConfig
 from acejax.data.cache.build import Report, build
 from acejax.data.cache.features import Features
-from acejax.data.config import BatchConfig, DataConfig, StageConfig
+from acejax.data.config import BatchConfig, DataConfig, SourceConfig, StageConfig
 from acejax.data.encoders import Encoders
 from acejax.data.sample import Sample
 from acejax.data.schedule import Stage, fits
 from acejax.data.stream import Stream, Table, batch_sizes
+from acejax.data.subset import MOST, Subset, hold_out
 from acejax.errors import UserError
 from acejax.model.config import MMDiTConfig
 from acejax.parallel import rules
@@ -63,6 +69,42 @@ def build_features(data: DataConfig, sources: Mapping[str, Sequence[Sample]] | N
     settings = data.settings(encoders)
     return [build(source, settings[name], data.canvas, data.augment, encoders, data.cache, data.max_broken,
                   recheck=recheck) for name, source in sources.items()]
+
+
+def make_held_out(data: DataConfig, features: Features, held: int, sources: Mapping[str, Any], seed: int,
+                  model: MMDiTConfig | None = None) -> tuple[Table, Subset, Callable[[int], str]]:
+    """The samples to train on, those to judge by, and the prompt of one of these, from its index in its whole table.
+
+    Args:
+      held: samples of each task of each dataset.
+      sources: where they come from, as `config.data.sources`; without any they are kept out of `features`.
+      seed: of the choice.
+
+    Raises:
+      UserError: as `build_features`; sources or a share of a task too small to give any.
+    """
+    if not sources:
+        training, judged = hold_out(features, held, seed)
+        if not len(judged):
+            raise UserError(f"config.validation: no task has samples enough to keep {held} out (at most "
+                            f"{MOST:.0%} of a task's); expected more data, config.validation.sources, or every and "
+                            "grid_every of 0")
+        return training, judged, _prompts(data, features)
+    own = {name: fields.read(SourceConfig, sources, name, "validation.sources.") for name in sources}
+    data = dataclasses.replace(data, sources=own, augment=AugmentConfig(), stages=())
+    table = make_features(data, model=model)
+    return features, hold_out(table, held or len(table), seed, most=1.0)[1], _prompts(data, table)
+
+
+def _prompts(data: DataConfig, features: Features) -> Callable[[int], str]:
+    """Prompts by a sample's index; sources are opened when the first is asked for."""
+    opened = functools.cache(lambda name: data.sources[name].open())
+
+    def prompt(index: int) -> str:
+        name, row = features.origin(index)
+        return opened(name)[row].prompt
+
+    return prompt
 
 
 def make_stream(stages: Sequence[StageConfig], steps: int, batches: BatchConfig, table: Table, mesh: Mesh, seed: int,

@@ -8,6 +8,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from acejax.parallel.processes import is_first
+
 EVERY = 30.0  # seconds between lines in a log
 MEASURED = 5.0  # seconds of steady work that tell how long all will take
 
@@ -16,11 +18,12 @@ class Progress:
     """`with Progress(total, "pairs: pictures", "tiles") as progress: progress.update()`."""
 
     def __init__(self, total: int, label: str, unit: str):
-        self._label, self._unit, self._lines = label, unit, not sys.stderr.isatty()
-        self._bar = tqdm(total=total, desc=label, unit=f" {unit}", disable=self._lines, delay=1)
+        self._label, self._unit, terminal = label, unit, sys.stderr.isatty()
+        self._lines = not terminal and is_first()
+        self._bar = tqdm(total=total, desc=label, unit=f" {unit}", disable=not (terminal and is_first()), delay=1)
         self._total, self._done, self._started, self._said = total, 0, time.time(), time.time()
         self._first: tuple[int, float] | None = None  # done, and when, as steady work began
-        self._told = False
+        self._told = not is_first()
 
     def update(self, count: int = 1) -> None:
         self._bar.update(count)

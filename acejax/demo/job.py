@@ -20,12 +20,13 @@ from acejax.data import dataset, inputs, pictures
 from acejax.data.augment import AugmentConfig
 from acejax.data.build import build
 from acejax.data.cache.build import CacheConfig
-from acejax.data.canvas import normalize
+from acejax.data.canvas import denormalize, normalize
 from acejax.data.config import DataConfig, SourceConfig, read_batches, read_stages
 from acejax.data.encoders import Encoders
 from acejax.data.layout import CanvasConfig
 from acejax.data.sample import Sample
 from acejax.data.stream import Stream
+from acejax.data.subset import hold_out
 from acejax.demo import evaluate, weights
 from acejax.demo.grid import save_grid
 from acejax.demo.pictures import TASKS, samples
@@ -33,15 +34,18 @@ from acejax.demo.surroundings import (
     TEXT_TOKENS,
     TEXT_WIDTH,
     Autoencoder,
+    decode_latents,
     encode_pictures,
     encode_prompts,
     fit_autoencoder,
 )
 from acejax.errors import UserError
 from acejax.model.config import MMDiTConfig
+from acejax.parallel import processes
 from acejax.train import loop
 from acejax.train.config import TrainConfig
-from acejax.workdir import claim
+from acejax.train.validate import HeldOut
+from acejax.workdir import claim, claim_data
 
 TEST_SEED = 1_000_000  # the test pictures are the same for every seed
 FIT_PICTURES = 1500  # that the autoencoder is fitted to
@@ -70,7 +74,8 @@ def check(config: ml_collections.ConfigDict) -> tuple[TrainConfig, Mesh]:
     return run, mesh
 
 
-def prepare(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> tuple[epath.Path, Autoencoder, Stream]:
+def prepare(config: ml_collections.ConfigDict, workdir: epath.PathLike
+            ) -> tuple[epath.Path, Autoencoder, Stream, HeldOut | None]:
     """Check the config, write the dataset (where it is not there yet), fit the autoencoder, encode the training split.
 
     Raises:
@@ -78,11 +83,12 @@ def prepare(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> tuple
     """
     run, mesh = check(config)
     claim(workdir, config.to_dict(), loop.FREE)
-    print("writing the pictures, fitting the autoencoder, encoding ...", flush=True)
-    folder = build(epath.Path(workdir) / "data", {
-        "train": Drawn(config.data.samples, config.seed, "train"),
-        "test": Drawn(config.evaluate.samples, TEST_SEED, "test"),
-        "held": Drawn(config.evaluate.held, TEST_SEED, "held")})
+    processes.say("writing the pictures, fitting the autoencoder, encoding ...")
+    with processes.first_alone("dataset"):
+        folder = build(epath.Path(workdir) / "data", {
+            "train": Drawn(config.data.samples, config.seed, "train"),
+            "test": Drawn(config.evaluate.samples, TEST_SEED, "test"),
+            "held": Drawn(config.evaluate.held, TEST_SEED, "held")})
     rows = dataset.read(folder, "train")
     picks = np.random.default_rng(config.seed).permutation(len(rows))[:FIT_PICTURES]
     autoencoder = fit_autoencoder(normalize(np.stack([decoded(rows[index])["target"] for index in picks])))
@@ -94,24 +100,32 @@ def prepare(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> tuple
                       None, CacheConfig(str(epath.Path(workdir) / "cache"), "float32", batch=64), config.seed)
     features = inputs.make_features(data, {"demo": rows}, encoders)
     batches = read_batches(config.data, ("source", "samples", "canvas"))
-    return folder, autoencoder, inputs.make_stream(read_stages(config, ("demo",)), config.steps, batches, features,
-                                                   mesh, config.seed, accumulate=run.optimizer.accumulate)
+    table, held_out = features, None
+    if run.validation.every or run.validation.grid_every:
+        table, held = hold_out(features, run.validation.held, config.seed)
+        decode = jax.jit(functools.partial(decode_latents, autoencoder))
+        held_out = HeldOut(held, lambda latents: denormalize(decode(latents[None])[0]),
+                           lambda index: rows[features.origin(index)[1]].prompt)
+    claim_data(workdir, table.digest)
+    return folder, autoencoder, inputs.make_stream(read_stages(config, ("demo",)), config.steps, batches, table, mesh,
+                                                   config.seed, accumulate=run.optimizer.accumulate), held_out
 
 
 def run(config: ml_collections.ConfigDict, workdir: epath.PathLike, setup_seconds: float = 0.0) -> dict[str, Any]:
     """The whole demo; writes `edits.png`, `report.json` and `weights/` into the workdir and returns the report."""
     workdir = epath.Path(workdir)
     started = time.time()
-    folder, autoencoder, stream = prepare(config, workdir)
+    folder, autoencoder, stream, held_out = prepare(config, workdir)
     seconds = {"setup": setup_seconds, "data": time.time() - started}
 
-    state, spent = loop.train(config, workdir, stream)
+    state, spent = loop.train(config, workdir, stream, held_out=held_out)
     seconds |= spent
     print("editing the test photo ...", flush=True)
     started = time.time()
     note = {"command": f"acejax demo --config.seed={config.seed} --config.steps={config.steps}",
             "train_seconds": round(seconds["train"], 1)}
-    weights.save(workdir / "weights", MMDiTConfig(**config.model), state.params, autoencoder, note)
+    params = state.params if state.ema is None else state.ema
+    weights.save(workdir / "weights", MMDiTConfig(**config.model), params, autoencoder, note)
     editor = weights.load_editor(workdir / "weights", config.evaluate.steps)  # what is judged is what is saved
     test, held = ({task: [row for row in rows if row["task"] == task] for task in TASKS}
                   for rows in (list(map(decoded, dataset.read(folder, split))) for split in ("test", "held")))

@@ -44,7 +44,9 @@ class Held:
 
     def __init__(self, table: Subset, mesh: Mesh, batch_sizes: Mapping[int, int], seed: int):
         self.table, self._mesh, self._sizes, self._seed = table, mesh, dict(batch_sizes), seed
-        self.bucket = buckets.assign(table.tokens, sorted(batch_sizes))
+        if (most := int(table.tokens.max())) > max(self._sizes):  # training has none so long
+            self._sizes[most] = rules.batch_parts(mesh)
+        self.bucket = buckets.assign(table.tokens, sorted(self._sizes))
 
     def batches(self, samples: Sequence[int]) -> list[HeldBatch]:
         """The given samples (places in the table) in batches, each bucket's of one size: a multiple of the mesh's

@@ -1,6 +1,7 @@
 """The training loop, top to bottom: mesh, state, compiled steps, batches, checkpoints, metrics."""
 
 import concurrent.futures
+import contextlib
 import functools
 import sys
 import time
@@ -17,14 +18,16 @@ from acejax.data.stream import Stream
 from acejax.model.config import Execution
 from acejax.parallel import batch as batches
 from acejax.parallel import mesh as meshes
-from acejax.parallel import rules
+from acejax.parallel import processes, rules
 from acejax.train.config import TrainConfig
 from acejax.train.export import Exports
-from acejax.train.metrics import Writer, summarize
-from acejax.train.optimizer import learning_rate, make_optimizer
+from acejax.train.optimizer import make_optimizer
 from acejax.train.preemption import Preempted, Preemption
+from acejax.train.profile import Profiler, write_hlo
 from acejax.train.start import load_start, open_start
 from acejax.train.step import StepConfig, TrainState, init_state, train_step
+from acejax.train.validate import HeldOut, Validation
+from acejax.train.watch import Watch
 from acejax.workdir import claim
 
 FREE = ("execution", "mesh", "reading", "watch", "checkpoint",  # how, not what
@@ -50,7 +53,8 @@ def check(config: ml_collections.ConfigDict) -> tuple[TrainConfig, Mesh]:
 
 
 def train(config: ml_collections.ConfigDict, workdir: epath.PathLike, stream: Stream,
-          until: int | None = None) -> tuple[TrainState, dict[str, float]]:
+          until: int | None = None, held_out: HeldOut | None = None, profile: str = "", dump_hlo: str = ""
+          ) -> tuple[TrainState, dict[str, float]]:
     """Train to `config.steps`, taking up what the workdir holds.
 
     Args:
@@ -59,6 +63,9 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike, stream: St
         `acejax.workdir.lock`.
       stream: the batch of each step.
       until: stop after this step as if interrupted (the schedule stays that of the whole run).
+      held_out: what `config.validation` is of, where there is any.
+      profile: START:STOP, the steps that are traced into <workdir>/profile.
+      dump_hlo: a folder that gets the compiled steps as text.
 
     Returns:
       The final state and seconds spent: compile, train.
@@ -68,13 +75,14 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike, stream: St
         export that can't be written.
       Preempted: SIGTERM reached a process of the run; the step is saved.
     """
-    with Preemption() as preemption:
-        return _train(config, workdir, stream, until, preemption)
-
-
-def _train(config: ml_collections.ConfigDict, workdir: epath.PathLike, stream: Stream, until: int | None,
-           preemption: Preemption) -> tuple[TrainState, dict[str, float]]:
     run, mesh = check(config)
+    with Preemption() as preemption:
+        return _train(run, mesh, config, workdir, stream, until, preemption, held_out, profile, dump_hlo)
+
+
+def _train(run: TrainConfig, mesh: Mesh, config: ml_collections.ConfigDict, workdir: epath.PathLike, stream: Stream,
+           until: int | None, preemption: Preemption, held_out: HeldOut | None, profile: str, dump_hlo: str
+           ) -> tuple[TrainState, dict[str, float]]:
     claim(workdir, config.to_dict(), FREE)
     how = run.execution
     setting = run.setting(Execution(how.dtype, how.attention, how.remat, rules.constrain(mesh), rules.share(mesh)),
@@ -88,7 +96,7 @@ def _train(config: ml_collections.ConfigDict, workdir: epath.PathLike, stream: S
                         abstract, placement)
     if restored := checkpoints.restore(like):
         start, state = restored
-        print(f"resuming {workdir} at step {start}", flush=True)
+        processes.say(f"resuming {workdir} at step {start}")
     else:
         state, start = _begin(run, mesh, setting, optimizer, placement), 0
 
@@ -96,46 +104,41 @@ def _train(config: ml_collections.ConfigDict, workdir: epath.PathLike, stream: S
     put = functools.partial(batches.to_mesh, mesh)
     stop = run.steps if until is None else min(until, run.steps)
     compiled = {} if start >= stop else _compile(state, stream, start, stop, put, placement, setting, optimizer)
+    for bucket, program in compiled.items() if dump_hlo else ():
+        write_hlo(dump_hlo, f"train_step_{bucket}_tokens", program)
     seconds = {"compile": time.time() - started}
 
-    rate = jax.jit(learning_rate(run.optimizer, run.steps))
-    writer = Writer(workdir, start)
+    validation = None if held_out is None else Validation(setting, run.validation, held_out, mesh, stream.batch_sizes,
+                                                          run.seed)
+    watch = Watch(run, workdir, stream.tasks, start, int(state.skipped), validation)
+    profiler = Profiler(workdir, profile, start)
     exports = Exports(workdir, run.model, run.checkpoint.export_layout)
     done = start
-    waiting: list[dict[str, jax.Array]] = []
-    started = logged = time.time()
-    since = start
-    bar = tqdm(range(start, stop), initial=start, total=run.steps, unit="step", disable=not sys.stderr.isatty())
-    for step, batch in zip(bar, stream.batches(start, stop, run.reading.threads, run.reading.ahead,
-                                               run.reading.workers), strict=True):
-        state, metrics = compiled[batch.bucket](state, put(batch.arrays))
-        waiting.append(metrics)
-        done = step + 1
-        leaving = preemption.reached(done)
-        if done % run.watch.every == 0 or done == stop or leaving:
-            values = summarize(jax.device_get(waiting), stream.tasks)
-            values["learning_rate"] = float(rate(step))
-            values["seconds"] = writer.seconds + time.time() - started  # of training, interruptions left out
-            values["steps_per_second"] = (done - since) / (time.time() - logged)
-            logged, since, waiting = time.time(), done, []
-            writer.write(done, values)
-            bar.set_postfix(loss=f"{values['loss']:.3f}")
-            if bar.disable:
-                left = (stop - done) / ((done - start) / (logged - started))
-                print(f"step {done}/{run.steps}  loss {values['loss']:.4f}  {left:.0f} s left", flush=True)
-        checkpoints.check()
-        if done % run.checkpoint.every == 0 or done == stop or leaving:
-            checkpoints.save(done, state, notes=_notes(config, stream, done))
-        if run.checkpoint.export_every and (done % run.checkpoint.export_every == 0 or done == stop):
-            exports.save(done, state.params if state.ema is None else state.ema)
-        if leaving:
-            break
-    seconds["train"] = writer.seconds + time.time() - started if start < stop else writer.seconds
-    checkpoints.close()
-    exports.close()
-    writer.close()
+    bar = tqdm(range(start, stop), initial=start, total=run.steps, unit="step",
+               disable=not (sys.stderr.isatty() and processes.is_first()))
+    with contextlib.closing(checkpoints), contextlib.closing(exports), contextlib.closing(watch), \
+            contextlib.closing(profiler):  # whatever ends the run: what is being saved is saved
+        for step, batch in zip(bar, stream.batches(start, stop, run.reading.threads, run.reading.ahead,
+                                                   run.reading.workers), strict=True):
+            with profiler.step(step):
+                state, metrics = compiled[batch.bucket](state, put(batch.arrays))
+            watch.step(metrics, batch, stream.batch_sizes[batch.bucket])
+            done = step + 1
+            profiler.after(done, metrics)
+            leaving = preemption.reached(done)
+            values = watch.report(done, state, last=leaving or done == stop)
+            _show(bar, done, stop, values)
+            checkpoints.check()
+            if done % run.checkpoint.every == 0 or done == stop or leaving:
+                with watch.meter.aside(state.step):
+                    checkpoints.save(done, state, values.get("validation/loss"), _notes(config, stream, done))
+            if run.checkpoint.export_every and (done % run.checkpoint.export_every == 0 or done == stop):
+                exports.save(done, state.params if state.ema is None else state.ema)
+            if leaving:
+                break
+    seconds["train"] = watch.seconds
     if start < done < stop:
-        print(f"preempted: step {done} is saved; the same command goes on from there", flush=True)
+        processes.say(f"preempted: step {done} is saved; the same command goes on from there")
         raise Preempted(done)
     return state, seconds
 
@@ -144,9 +147,20 @@ def _begin(run: TrainConfig, mesh: Mesh, setting: StepConfig, optimizer, placeme
     """The state before the first step, on the mesh."""
     if run.init_from is None:
         return jax.jit(init_state, static_argnums=(0, 1), out_shardings=placement)(setting, optimizer)
-    print(f"starting from {run.init_from}", flush=True)
+    processes.say(f"starting from {run.init_from}")
     begin = jax.jit(init_state, static_argnums=(0, 1), out_shardings=placement, donate_argnums=2)
     return begin(setting, optimizer, load_start(run.init_from, run.model, mesh))
+
+
+def _show(bar: tqdm, done: int, stop: int, values: dict[str, float]) -> None:
+    """Of a report, what is for the eye: beside the bar, or as a line where there is no terminal."""
+    shown = {name.replace("/", " "): f"{values[name]:.4f}" for name in ("loss", "validation/loss") if name in values}
+    shown |= {"skipped": f"{values['skipped']:.0f}"} if values.get("skipped") else {}
+    if shown:
+        bar.set_postfix(shown)
+    if bar.disable and "steps_per_second" in values:
+        left = (stop - done) / values["steps_per_second"]
+        processes.say(f"step {done}/{bar.total}  {'  '.join(map(' '.join, shown.items()))}  {left:.0f} s left")
 
 
 def _notes(config: ml_collections.ConfigDict, stream: Stream, step: int) -> dict[str, Any]:
@@ -161,7 +175,7 @@ def _compile(state: Any, stream: Stream, start: int, stop: int, put, placement, 
     step = jax.jit(functools.partial(train_step, setting=setting, optimizer=optimizer), donate_argnums=0,
                    out_shardings=(placement, None))
     examples = stream.examples(start, stop)
-    print(f"compiling the training step for {len(examples)} numbers of tokens ...", flush=True)
+    processes.say(f"compiling the training step for {len(examples)} numbers of tokens ...")
     with concurrent.futures.ThreadPoolExecutor() as pool:
         lowered = {bucket: step.lower(state, put(batch)) for bucket, batch in examples.items()}
         return dict(zip(lowered, pool.map(lambda low: low.compile(), lowered.values()), strict=True))

@@ -1,7 +1,8 @@
 """What a run reports, to `<workdir>/metrics.jsonl` and TensorBoard; names are stable:
 
     loss                            of the steps that were not skipped, as all averages here
-    L_tar, L_ref/K                  its parts: the target, reference K; loss = the sum of share x part
+    L_tar, L_ref, L_ref/K           its parts: the target, all references, reference K; loss = the sum of share x part.
+                                    L_ref is 0 where there is no reference
     task/NAME                       of a task's samples
     sigma/0.3                       of the noise levels from 0.3 to below 0.4
     gradient_norm                   global, before clipping
@@ -57,7 +58,10 @@ def summarize(steps: Sequence[Metrics], tasks: Sequence[str]) -> dict[str, float
     good = [dict(step) | unit for step, unit in zip(good, units, strict=True)]
     *references, target = means("unit", "fraction")
     values |= {name: float(np.mean([step[name] for step in good])) for name in ("loss", "gradient_norm")}
-    values |= {"L_tar": target} | {f"L_ref/{number}": value for number, value in enumerate(references, 1)}
+    share = sum(unit["fraction"][:-1].sum() for unit in units)
+    error = sum(unit["fraction"][:-1] @ unit["unit"][:-1] for unit in units)
+    values |= {"L_tar": target, "L_ref": float(error / share) if share else 0.0}
+    values |= {f"L_ref/{number}": value for number, value in enumerate(references, 1)}
     values |= {f"task/{name}": value for name, value in zip(tasks, means("task", "task_fraction"), strict=True)}
     bins = means("sigma", "sigma_fraction")
     values |= {f"sigma/{place / len(bins):g}": value for place, value in enumerate(bins)}

@@ -9,6 +9,7 @@ from etils import epath
 
 from acejax.data import written
 from acejax.errors import UserError
+from acejax.parallel.processes import say
 
 
 class Profiler:
@@ -32,7 +33,7 @@ class Profiler:
         self._into = epath.Path(workdir) / "profile"
         self._folder: tempfile.TemporaryDirectory | None = None
         if self._stop and first >= self._stop:
-            print(f"--profile={window}: the run goes on at step {first}, nothing is left to profile", flush=True)
+            say(f"--profile={window}: the run goes on at step {first}, nothing is left to profile")
 
     def step(self, step: int) -> jax.profiler.StepTraceAnnotation:
         """A context for one step's dispatch: starts the trace where it is time, and names the step in it."""
@@ -61,7 +62,7 @@ class Profiler:
                 written.write(place, path.read_bytes())
         self._folder.cleanup()
         self._folder = None
-        print(f"profile: {self._into}", flush=True)
+        say(f"profile: {self._into}")
 
 
 def window_of(text: str) -> tuple[int, int]:
@@ -78,7 +79,7 @@ def window_of(text: str) -> tuple[int, int]:
     return int(start), int(stop)
 
 
-def dump_hlo(folder: epath.PathLike, name: str, compiled: jax.stages.Compiled) -> None:
+def write_hlo(folder: epath.PathLike, name: str, compiled: jax.stages.Compiled) -> None:
     """Write `<folder>/<name>.hlo.txt`, a compiled step after XLA's passes, and `<name>.memory.txt`, what it asks of a
     device. Process 0 writes; all have the same.
 

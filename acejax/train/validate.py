@@ -1,5 +1,6 @@
 """The validation loss: held-out samples at fixed noise and fixed noise levels, so that numbers can be compared."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from acejax.data.subset import Subset
+from acejax.train.config import ValidationConfig
 from acejax.train.held import Held
 from acejax.train.samples import Decode, Samples
 from acejax.train.step import Batch, StepConfig, velocity_errors
@@ -70,26 +72,41 @@ def _errors(params: Any, batch: Batch, *, setting: StepConfig, sigmas: tuple[flo
     return errors, counts[0]
 
 
+@dataclasses.dataclass(frozen=True)
+class HeldOut:
+    """What a run is judged on.
+
+    Attributes:
+      table: the samples.
+      decode: latents [h, w, 16] -> picture [8h, 8w, 3] uint8; None draws no samples.
+      prompt: a sample's, from its index in the whole table; shown under it.
+    """
+
+    table: Subset
+    decode: Decode | None = None
+    prompt: Callable[[int], str] = lambda index: ""
+
+
 class Validation:
     """Losses and, where latents can be decoded, samples of what was held out.
 
     Args:
       setting: of the training step.
-      config: `held`, `sigmas`, `grid`, `steps` and `guidance` of a run's `validation`.
-      table: the samples (`acejax.data.subset.hold_out`).
+      config: what of it, and how.
+      held_out: the samples.
       mesh: of the parameters.
       batch_sizes: of training, by bucket.
       seed: of noise and draws.
-      decode: latents [h, w, 16] -> [8h, 8w, 3] uint8; None makes no samples.
-      prompt: a sample's, from its index in the whole table; shown under it.
     """
 
-    def __init__(self, setting: StepConfig, config: Any, table: Subset, mesh: Mesh, batch_sizes: Mapping[int, int],
-                 seed: int, decode: Decode | None = None, prompt: Callable[[int], str] = lambda index: ""):
-        held = Held(table, mesh, batch_sizes, seed)
+    def __init__(self, setting: StepConfig, config: ValidationConfig, held_out: HeldOut, mesh: Mesh,
+                 batch_sizes: Mapping[int, int], seed: int):
+        most = int(held_out.table.references.max())  # training may have fewer
+        setting = dataclasses.replace(setting, references=max(setting.references, most))
+        held = Held(held_out.table, mesh, batch_sizes, seed)
         self.losses = Losses(setting, held, config.sigmas, mesh)
-        self._samples = None if decode is None or not config.grid else Samples(
-            setting, held, config.grid, config.steps, config.guidance, mesh, decode, prompt)
+        self._samples = None if held_out.decode is None else Samples(
+            setting, held, config.grid, config.steps, config.guidance, mesh, held_out.decode, held_out.prompt)
 
     def samples(self, params: Any) -> tuple[dict[str, float], np.ndarray | None]:
         """As `Samples`; ({}, None) without a decoder."""

@@ -7,7 +7,7 @@ import pytest
 
 from acejax.cli.main import main
 from acejax.data import inputs
-from acejax.train import loop
+from acejax.train import decode, loop
 from tests.train.small import Table
 
 LINE = ["train", "--config=ace_plus_stage2.py", "--config.init_from=", "--config.model.depth=1",
@@ -18,10 +18,11 @@ LINE = ["train", "--config=ace_plus_stage2.py", "--config.init_from=", "--config
 def train(tmp_path, monkeypatch):
     """The command over features with a digest; the streams that the loop was given."""
     streams = []
-    monkeypatch.setattr(loop, "train", lambda config, workdir, stream: streams.append(stream) or (None, {}))
+    monkeypatch.setattr(loop, "train", lambda config, workdir, stream, **_: streams.append(stream) or (None, {}))
+    monkeypatch.setattr(decode, "make_decode", lambda config: None)
 
     def run(*flags: str, digest: str = "one") -> int:
-        table = Table(4)
+        table = Table()
         table.digest = digest
         monkeypatch.setattr(inputs, "make_features", lambda data, model: table)
         return main([*LINE, f"--workdir={tmp_path / 'run'}", *flags])

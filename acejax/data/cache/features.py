@@ -55,6 +55,11 @@ class Features:
     def __len__(self) -> int:
         return len(self.task)
 
+    def origin(self, index: int) -> tuple[str, int]:
+        """The name of a sample's dataset and its place in the source."""
+        number, at = self._find(index)
+        return self.datasets[number], int(self._parts[number].index["row"][at])
+
     def fetch(self, index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
         """A sample, not padded.
 
@@ -70,11 +75,15 @@ class Features:
         Raises:
           UserError: a shard that is not there any more, or damaged.
         """
-        number = int(np.searchsorted(self._ends, index, "right"))
+        number, at = self._find(index)
         part = self._parts[number]
-        at = index - int(self._ends[number - 1]) if number else index
         variant, chance = int(rng.integers(part.variants)), rng.random()
         return part.fetch(at, variant, chance < part.drop) | {"task": self.task[index]}
+
+    def _find(self, index: int) -> tuple[int, int]:
+        """The part that a sample is in, and its place there."""
+        number = int(np.searchsorted(self._ends, index, "right"))
+        return number, index - int(self._ends[number - 1]) if number else index
 
     def __reduce__(self):
         return Features, self._given

@@ -1,0 +1,58 @@
+"""`python -m tests.train.meshed WORKDIR STEPS MESHES [PORT PROCESS [SILENCE]]`: the small run on mesh after mesh.
+
+MESHES is JSON, {name: mesh}; each is trained in WORKDIR/name. With PORT it is one of two processes of four devices,
+without one process of eight.
+"""
+
+import json
+import os
+import pathlib
+import sys
+
+if __name__ == "__main__":
+    devices = 4 if len(sys.argv) > 4 else 8
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+
+import numpy as np
+
+from acejax.data.schedule import Stage
+from acejax.data.stream import Stream
+from acejax.parallel import processes
+from acejax.train.loop import train
+from acejax.workdir import lock
+from tests.train import small
+
+MODEL = {"hidden_size": 64, "num_heads": 8, "axes_dim": (2, 2, 4)}  # heads for tensor x seq = 8
+SIZES = ((12, 8),)  # one bucket: one compile
+
+
+class Table(small.Table):
+    """With four text tokens, for seq = 4."""
+
+    @staticmethod
+    def _row(rng: np.random.Generator, task: int, references: int) -> dict[str, np.ndarray]:
+        row = small.Table._row(rng, task, references)
+        return row | {"text": rng.standard_normal((4, 8)).astype(np.float32)}
+
+
+def run(workdir: pathlib.Path, mesh: dict[str, int], steps: int) -> None:
+    config = small.make_config(SIZES)
+    config.model.update(MODEL)
+    config.mesh.update({"data": 1} | mesh)
+    config.steps = steps
+    config.checkpoint.every = 3
+    stream = Stream(Table(), [Stage(1)], [12], dict(SIZES), seed=3)
+    with lock(workdir):
+        train(config, workdir, stream)
+
+
+def main(folder: str, steps: str, meshes: str, port: str | None = None, process: str = "0",
+         silence: str = "60") -> None:
+    several = {} if port is None else {"coordinator": f"localhost:{port}", "processes": 2, "process": int(process)}
+    with processes.joined(**several, patience=60, silence=float(silence)):
+        for name, mesh in json.loads(meshes).items():
+            run(pathlib.Path(folder) / name, mesh, int(steps))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

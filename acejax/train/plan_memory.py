@@ -65,6 +65,7 @@ BACKENDS = {
 # Arrays [B, tokens, hidden_size] that a double and a single block save for the backward pass, by remat: of the residual
 # stream (the block's input), and of heads and MLP (attention's output). "none" are all residuals of differentiation.
 SAVED = {"full": ((1, 0), (1, 0)), "attention": ((1, 1), (1, 1)), "none": ((16, 38), (9, 37))}
+MUON = 2.7  # copies of the gradients while Muon goes through the stacks: what it changes in place is copied before
 VECTORS = 133  # float32 [hidden_size] that modulation holds of each sample of all devices
 
 
@@ -80,8 +81,7 @@ class Memory:
       gathered: weights of the block at work, from all devices.
       vectors: modulation of all samples: its kernels, a quarter of the weights, are not gathered, each device
         multiplies its rows with the vectors of all.
-      updating: what Muon needs more than the backward pass: the gradients once more, and a block's matrices, not
-        sharded, three times in float32.
+      updating: what Muon's update needs more than the backward pass.
       reserve: see Backend.
     """
 
@@ -135,12 +135,12 @@ def memory(run: TrainConfig, mesh: AbstractMesh, samples: int, image: int, text:
     gathered = held.gathered(model, dtype.itemsize) / tensor
     vectors = 4 * samples / accumulate * model.hidden_size * VECTORS
     gradients = parameters * (1 if accumulate == 1 else 2)
-    backward, muon = gradients + saved + working + gathered + vectors, 2 * parameters + 3 * 4 * _block(model)
+    backward = gradients + saved + working + gathered + vectors
     return Memory(
         parameters=parameters, optimizer=optimizer, average=parameters if run.optimizer.ema else 0.0,
         batch=sum(leaf.size * leaf.dtype.itemsize for leaf in batch.values()) * samples / rules.batch_parts(mesh),
         gradients=gradients, saved=saved, working=working, gathered=gathered, vectors=vectors,
-        updating=max(muon - backward, 0.0) if run.optimizer.name == "muon" else 0.0, reserve=held.reserve)
+        updating=max(MUON * parameters - backward, 0.0) if run.optimizer.name == "muon" else 0.0, reserve=held.reserve)
 
 
 def _logits(run: TrainConfig, samples: float, tokens: int, held: Backend) -> float:

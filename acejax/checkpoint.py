@@ -8,7 +8,7 @@ import json
 import math
 import platform
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -296,45 +296,65 @@ def save_weights(folder: epath.PathLike, config: Any, params: Any) -> None:
     (folder / "model.json").write_text(json.dumps(note, indent=2) + "\n")  # last: it says that the folder is whole
 
 
-def load_weights(path: epath.PathLike, ema: bool = False) -> tuple[Any, Any]:
-    """Config and parameters (numpy arrays) of a folder of `save_weights`, or of a workdir's last checkpoint.
+def weights_config(path: epath.PathLike) -> Any:
+    """The config of what `load_weights` would load, from its note alone.
+
+    Raises:
+      UserError: as `load_weights`.
+    """
+    return _weights(epath.Path(path).expanduser().resolve())[0]
+
+
+def load_weights(path: epath.PathLike, ema: bool = False, place: Callable[[Any], Any] | None = None
+                 ) -> tuple[Any, Any]:
+    """Config and parameters of a folder of `save_weights`, or of a workdir's last checkpoint, in the dtype they have.
 
     Args:
       path: the folder or workdir.
       ema: of a workdir, take the averaged parameters where the run keeps any.
+      place: the shardings to read them into, from their ShapeDtypeStructs; None gives numpy arrays.
 
     Raises:
       UserError: a note that says no model, no checkpoint, or one that is damaged.
     """
-    path = epath.Path(path).expanduser().resolve()
-    try:
-        if (path / "model.json").exists():
-            note = json.loads((path / "model.json").read_text())
-            config, where, wanted = _KINDS[note["kind"]](**note["config"]), path / "params", ()
-        else:
-            config = MMDiTConfig(**json.loads((path / "config.json").read_text())["model"])
-            steps = [int(step.name) for step in (path / "checkpoints").iterdir() if step.name.isdigit()]
-            where = path / "checkpoints" / str(max(steps, default="none")) / "state"
-            wanted = ("ema", "params") if ema else ("params",)
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: says of no model what it is ({type(error).__name__}: {error})") from None
-    if not where.exists():
-        raise UserError(f"{path}: no parameters there; expected {where}")
+    config, where, run = _weights(epath.Path(path).expanduser().resolve())
     _hush()
     try:
         with ocp.PyTreeCheckpointer() as checkpointer:
-            tree = checkpointer.metadata(where).item_metadata.tree
-            if wanted:  # the optimizer's moments stay on disk
-                name = next(name for name in wanted if jax.tree.leaves(tree.get(name)))
+            tree, name = checkpointer.metadata(where).item_metadata.tree, None
+            if run:  # the optimizer's moments stay on disk
+                name = "ema" if ema and jax.tree.leaves(tree.get("ema")) else "params"
                 tree = {name: tree[name]}
-            args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+            if place is None:
+                args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+            else:
+                shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
+                args = jax.tree.map(lambda sharding: ocp.ArrayRestoreArgs(sharding=sharding), place(shapes))
             restored = checkpointer.restore(where, args=ocp.args.PyTreeRestore(tree, args, partial_restore=True))
     except Exception as error:  # whatever Orbax makes of files that are not its own, or not whole
         raise UserError(f"{where}: cannot be read as an Orbax checkpoint ({type(error).__name__})") from None
-    if not wanted:
+    if not run:
         return config, restored
     saved = json.loads((where.parent / "notes" / "metadata").read_text())["checksums"]
-    for leaf_path, leaf in _by_path(restored).items():
-        if saved[leaf_path] != [str(leaf.dtype), _sum(leaf)]:
-            raise UserError(f"{where}: {leaf_path} has other numbers than were saved")
+    found = _checksums(restored) if place else {
+        path: [str(leaf.dtype), _sum(leaf)] for path, leaf in _by_path(restored).items()}
+    if wrong := [path for path, value in found.items() if saved[path] != value]:
+        raise UserError(f"{where}: {wrong[0]} has other numbers than were saved")
     return config, restored[name]
+
+
+def _weights(path: epath.Path) -> tuple[Any, epath.Path, bool]:
+    """The model's config, where its parameters are, and whether that is a run's state."""
+    try:
+        if run := not (path / "model.json").exists():
+            config = MMDiTConfig(**json.loads((path / "config.json").read_text())["model"])
+            steps = [int(step.name) for step in (path / "checkpoints").iterdir() if step.name.isdigit()]
+            where = path / "checkpoints" / str(max(steps, default="none")) / "state"
+        else:
+            note = json.loads((path / "model.json").read_text())
+            config, where = _KINDS[note["kind"]](**note["config"]), path / "params"
+    except (KeyError, TypeError, ValueError, OSError) as error:
+        raise UserError(f"{path}: says of no model what it is ({type(error).__name__}: {error})") from None
+    if not where.exists():
+        raise UserError(f"{path}: no parameters there; expected {where}")
+    return config, where, run

@@ -26,7 +26,7 @@ from acejax.train.optimizer import make_optimizer
 from acejax.train.plan import plan
 from acejax.train.preemption import Preempted, Preemption
 from acejax.train.profile import Profiler, write_hlo
-from acejax.train.start import load_start, open_start
+from acejax.train.start import check_start, load_start
 from acejax.train.step import StepConfig, TrainState, init_state, train_step
 from acejax.train.validate import HeldOut, Validation
 from acejax.train.watch import Watch
@@ -50,7 +50,7 @@ def check(config: ml_collections.ConfigDict) -> tuple[TrainConfig, Mesh]:
     for _, size in config.get("data", {}).get("batch_sizes", ()):
         rules.check_batch(mesh, size, run.optimizer.accumulate)
     if run.init_from:
-        open_start(run.init_from, run.model)
+        check_start(run.init_from, run.model)
     return run, mesh
 
 

@@ -131,6 +131,20 @@ def grown(model: Model, grow: int | str) -> Model:
     return dataclasses.replace(model, config=config, tensors=tensors)
 
 
+def columns(channels: int, wanted: int) -> tuple[tuple[slice, int], ...]:
+    """Where the columns of `img_in` go when it grows: pairs of old columns and the first of the new ones.
+
+    Raises:
+      UserError: channels that do not grow to those.
+    """
+    if channels == wanted:
+        return ((slice(0, channels), 0),)
+    if (channels, wanted) not in _GROWN:
+        raise UserError(f"img_in reads {channels} channels, which do not grow to {wanted}; expected 64 or 384, to grow to "
+                        "384 or 448")
+    return _GROWN[channels, wanted]
+
+
 def pipeline(folder: pathlib.Path) -> dict[str, pathlib.Path]:
     """The models of a diffusers pipeline's folder, by the names of their folders; empty for any other path."""
     if not exists(folder / "model_index.json"):

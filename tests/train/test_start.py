@@ -12,7 +12,7 @@ from acejax import UserError, checkpoint
 from acejax.cli import convert
 from acejax.parallel.mesh import make_mesh
 from acejax.train.loop import train
-from acejax.train.start import load_start, open_start
+from acejax.train.start import check_start, load_start
 from tests.train.small import MODEL, losses, make_config, make_stream
 
 
@@ -69,9 +69,10 @@ def test_what_does_not_fit_is_told_before_the_start(text_to_image, tmp_path):
             ("run", {"depth": 2}, "found MMDiTConfig.*depth=1.*only in_channels may grow"),
             ("dev.safetensors", {"depth": 2}, "double_blocks.1.* missing"),
             ("dev.safetensors", {"in_channels": 100}, "has shape .32, 64.; expected .32, 100."),
+            ("run", {"in_channels": 100}, "reads 64 channels, which do not grow to 100"),
             ("nosuch.safetensors", {}, "nosuch.safetensors")):
         with pytest.raises(UserError, match=message):
-            open_start(str(text_to_image / source), dataclasses.replace(small, **{"in_channels": 448} | changes))
+            check_start(str(text_to_image / source), dataclasses.replace(small, **{"in_channels": 448} | changes))
     config = make_config()
     config.init_from = str(text_to_image / "nosuch")
     with pytest.raises(UserError, match="nosuch"):

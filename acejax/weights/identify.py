@@ -140,7 +140,7 @@ def columns(channels: int, wanted: int) -> tuple[tuple[slice, int], ...]:
     if channels == wanted:
         return ((slice(0, channels), 0),)
     if (channels, wanted) not in _GROWN:
-        raise UserError(f"img_in reads {channels} channels, which do not grow to {wanted}; expected 64 or 384, to grow to "
+        raise UserError(f"img_in reads {channels} channels, which do not grow to {wanted}; expected 64 or 384 for "
                         "384 or 448")
     return _GROWN[channels, wanted]
 

@@ -16,7 +16,7 @@ from acejax.data.layout import CanvasConfig
 from acejax.data.stream import batch_sizes
 from acejax.errors import UserError
 from acejax.parallel import rules
-from acejax.parallel.chips import topology
+from acejax.parallel.chips import CHIPS, topology
 from acejax.parallel.mesh import abstract_mesh
 from acejax.train.config import TrainConfig
 from acejax.train.plan import GB, Plan, plan
@@ -105,8 +105,8 @@ def _compare(modelled: Plan, made: Compiled) -> bool:
 
 
 def _define(values: flags.FlagValues) -> None:
-    flags.DEFINE_string("topology", None, "Devices to plan for: h100x8, v5e-256, v5p-128, cpu:64 ...",
-                        flag_values=values)
+    flags.DEFINE_string("topology", None, "Devices to plan for: CHIPxN, a slice's name as v5e-256 or v5p-128 (64 chips), "
+                        f"cpu:N; the chips are {', '.join(CHIPS)}.", flag_values=values)
     flags.DEFINE_float("efficiency", 0.5, "Share of the chip's peak that matrix products reach.", flag_values=values)
     flags.DEFINE_integer("tokens", None, "Image tokens of a sample; by default as the config has it.", lower_bound=1,
                          flag_values=values)

@@ -1,5 +1,6 @@
 """The optimizer and its learning rate, from a config; the rate is a function of the run's step alone."""
 
+import functools
 import re
 from typing import Any
 
@@ -10,6 +11,8 @@ import optax.contrib
 
 from acejax.parallel.rules import path_of
 from acejax.train.config import OptimizerConfig
+
+STACKS = ("double_blocks", "single_blocks")
 
 FALLING = {  # by schedule: the share of the rate that is left when a share of the run, warm-up apart, is done
     "constant": jnp.ones_like,
@@ -37,30 +40,50 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     does not put the learning rate off. A rate fits both: Muon's updates are scaled to the size of AdamW's
     (arXiv 2502.16982).
     """
+    adamw = functools.partial(optax.adamw, 1.0, config.b1, config.b2, config.eps, weight_decay=config.weight_decay)
     if config.name == "muon":
-        direction = optax.contrib.muon(
+        muon = _by_layer(optax.contrib.muon(
             1.0, beta=config.momentum, adam_b1=config.b1, adam_b2=config.b2, eps=config.eps, consistent_rms=0.2,
             weight_decay=config.weight_decay, adam_weight_decay=config.weight_decay,
-            muon_weight_dimension_numbers=dimension_numbers)
+            muon_weight_dimension_numbers=dimension_numbers))
+        direction = optax.partition(dict.fromkeys(STACKS, muon) | {"rest": adamw(nesterov=True)}, lambda params: {
+            name: name if name in STACKS else "rest" for name in params})  # nesterov: as Muon's own AdamW
     else:
-        direction = optax.adamw(1.0, config.b1, config.b2, config.eps, weight_decay=config.weight_decay)
+        direction = adamw()
     return optax.chain(optax.clip_by_global_norm(config.clip), direction, _scale(learning_rate(config, steps)))
 
 
 def dimension_numbers(params: Any) -> Any:
-    """The axes that make up a matrix, for each kernel of the two stacks: [layers, in, *features]; None for the rest.
+    """The axes that make up a matrix, for each kernel [in, *features] of a layer; None for the rest.
 
-    Each layer's query, key, value and modulation vector is a matrix of its own. (By default optax takes leaves of two
-    axes, which in a stack are biases and scales.)
+    Query, key, value and each modulation vector are matrices of their own.
     """
     def numbers(keys, leaf):
         path = path_of(keys)
-        if not re.search(r"(double|single)_blocks/.*/kernel$", path):
+        if not path.endswith("kernel"):
             return None
         split = re.search(r"(qkv|modulation)/kernel$", path)
-        return optax.contrib.MuonDimensionNumbers((1,), tuple(range(3 if split else 2, leaf.ndim)))
+        return optax.contrib.MuonDimensionNumbers((0,), tuple(range(2 if split else 1, leaf.ndim)))
 
     return jax.tree_util.tree_map_with_path(numbers, params)
+
+
+def _by_layer(layer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """A transformation of one layer for stacks [layers, ...], layer by layer and in place.
+
+    All at once, the matrices of a whole stack would be gathered from all devices: 22 GB for a 12B model.
+    """
+    def update(updates, state, params):
+        def one(index, carry):
+            def at(tree):
+                return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), tree)
+
+            return jax.tree.map(lambda stack, new: jax.lax.dynamic_update_index_in_dim(stack, new, index, 0), carry,
+                                layer.update(*map(at, carry), at(params)))
+
+        return jax.lax.fori_loop(0, len(jax.tree.leaves(params)[0]), one, (updates, state))
+
+    return optax.GradientTransformation(jax.vmap(layer.init), update)
 
 
 def _scale(rate: optax.Schedule) -> optax.GradientTransformationExtraArgs:

@@ -113,7 +113,8 @@ def repeated_reductions(hlo: str, params: Any, others: Set[int]) -> tuple[str, .
             kernels[_name(shape)] += 1
             if path.startswith(STACKS) and others.isdisjoint(shape):
                 stacked.add(_name(shape))
-    found = collections.Counter(_name(shape) for _, shape in _results(hlo, "all-reduce", "reduce-scatter"))
+    gradients = "\n".join(line for line in hlo.splitlines() if "/cond/" not in line)  # the update's own are none: Muon
+    found = collections.Counter(_name(shape) for _, shape in _results(gradients, "all-reduce", "reduce-scatter"))
     return tuple(f"[{name}]: {found[name]} for {kernels[name]}" for name in sorted(stacked)
                  if found[name] > kernels[name])
 

@@ -39,10 +39,14 @@ class Backend:
     reserve: float
 
 
+def _block(config: MMDiTConfig) -> int:
+    """Weights of a double block's kernels, the largest there is."""
+    return 2 * config.hidden_size * (10 * config.hidden_size + 2 * config.mlp_size)
+
+
 def _two_blocks(config: MMDiTConfig, itemsize: int) -> float:
-    """A double block in use and the next one on its way."""
-    width = config.hidden_size
-    return 2 * itemsize * 2 * (4 * width**2 + 2 * width * config.mlp_size + 6 * width**2)
+    """One in use and the next one on its way."""
+    return 2 * itemsize * _block(config)
 
 
 def _float32_copies(config: MMDiTConfig, itemsize: int) -> float:
@@ -51,8 +55,9 @@ def _float32_copies(config: MMDiTConfig, itemsize: int) -> float:
     return 3 * 4 * width * config.mlp_size + 2 * itemsize * 3 * width**2
 
 
-# "cpu" is what `acejax.train.plan_compile` sees on virtual devices (XLA of jax 0.10 to 0.12). The others count every
-# array of the block's backward pass once and have not been held against such a device.
+# "cpu" is what `acejax.train.plan_compile` sees on virtual devices with jax 0.10: the full-size step within 2.5 % on all
+# meshes tried (tests/train/test_plan.py), small models over the tensor axis within 12 %. The others count every array of
+# the block's backward pass once and have not been held against such a device.
 BACKENDS = {
     "cpu": Backend(mlp=7, heads=4, hidden=3, logits=3, gathered=_float32_copies, reserve=0.1e9),
     "gpu": Backend(mlp=16, heads=8, hidden=4, logits=3, gathered=_two_blocks, reserve=1.5e9),
@@ -61,6 +66,7 @@ BACKENDS = {
 # Arrays [B, tokens, hidden_size] that a double and a single block save for the backward pass, by remat: of the residual
 # stream (the block's input), and of heads and MLP (attention's output). "none" are all residuals of differentiation.
 SAVED = {"full": ((1, 0), (1, 0)), "attention": ((1, 1), (1, 1)), "none": ((16, 38), (9, 37))}
+MUON = 2.7  # copies of the gradients while Muon goes through the stacks: what it changes in place is copied before
 VECTORS = 133  # float32 [hidden_size] that modulation holds of each sample of all devices
 
 
@@ -76,6 +82,7 @@ class Memory:
       gathered: weights of the block at work, from all devices.
       vectors: modulation of all samples: its kernels, a quarter of the weights, are not gathered, each device
         multiplies its rows with the vectors of all.
+      updating: what Muon's update needs more than the backward pass.
       reserve: see Backend.
     """
 
@@ -88,6 +95,7 @@ class Memory:
     working: float
     gathered: float
     vectors: float
+    updating: float
     reserve: float
 
     @property
@@ -123,14 +131,17 @@ def memory(run: TrainConfig, mesh: AbstractMesh, samples: int, image: int, text:
     saved = sum(count * array * (hidden + split / tensor)
                 for count, (hidden, split) in zip(blocks, SAVED[run.execution.remat], strict=True))
     batch = abstract_batch(model, 1, image, text)
+    working = array * ((held.mlp + held.heads) / tensor + held.hidden)
+    working += _logits(run, local, tokens, held) / (tensor * seq)
+    gathered = held.gathered(model, dtype.itemsize) / tensor
+    vectors = 4 * samples / accumulate * model.hidden_size * VECTORS
+    gradients = parameters * (1 if accumulate == 1 else 2)
+    backward = gradients + saved + working + gathered + vectors
     return Memory(
         parameters=parameters, optimizer=optimizer, average=parameters if run.optimizer.ema else 0.0,
         batch=sum(leaf.size * leaf.dtype.itemsize for leaf in batch.values()) * samples / rules.batch_parts(mesh),
-        gradients=parameters * (1 if accumulate == 1 else 2), saved=saved,
-        working=array * ((held.mlp + held.heads) / tensor + held.hidden)
-        + _logits(run, local, tokens, held) / (tensor * seq),
-        gathered=held.gathered(model, dtype.itemsize) / tensor,
-        vectors=4 * samples / accumulate * model.hidden_size * VECTORS, reserve=held.reserve)
+        gradients=gradients, saved=saved, working=working, gathered=gathered, vectors=vectors,
+        updating=max(MUON * parameters - backward, 0.0) if run.optimizer.name == "muon" else 0.0, reserve=held.reserve)
 
 
 def _logits(run: TrainConfig, samples: float, tokens: int, held: Backend) -> float:

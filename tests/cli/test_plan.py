@@ -48,7 +48,7 @@ def test_mistakes(flags, message, capsys):
 
 
 @pytest.mark.parametrize("flags", count([[]], [[], ["--config.mesh.data=2"], ["--config.optimizer.accumulate=2"],
-                                              ["--config.mesh.tensor=2"], ["--config.mesh.seq=2"]]))
+                                              ["--config.mesh.seq=2"]]))
 def test_the_plan_is_that_of_the_compiled_step(flags, capfd):
     """Within 10 %, with no gather of a whole stack, and one reduction for each gradient."""
     assert main([*ACE, *SMALL, *flags, "--topology=cpu:8", "--tokens=1920", "--text=128", "--compile"]) == 0

@@ -79,13 +79,17 @@ def test_memory_by_hand():
     (64, 64, 4096, {"fsdp": 64}, {"remat": "none"}, {}, 2.275, 80.554),
     (64, 128, 4096, {"fsdp": 64}, {}, {"accumulate": 2}, 2.282, 5.007),
     (8, 8, 4096, {"fsdp": 8}, {}, {"ema": 0.99}, 23.855, 9.167),
-    (8, 4, 4096, {"data": 2, "fsdp": 2, "tensor": 2}, {}, {}, 35.726, 14.078),
+    (8, 8, 4096, {"data": 2, "fsdp": 2, "tensor": 2}, {}, {}, 35.733, 15.473),
+    (8, 8, 4096, {"fsdp": 4, "seq": 2}, {}, {}, 35.749, 15.772),
+    (8, 8, 4096, {"fsdp": 8}, {}, {"name": "muon"}, 11.976, 15.930),
+    (16, 16, 4096, {"fsdp": 16}, {}, {"name": "muon"}, 6.010, 8.201),
+    (64, 64, 4096, {"fsdp": 64}, {}, {"name": "muon"}, 1.535, 4.192),
 ])
 def test_memory_is_what_xla_found(devices, samples, image, mesh, execution, optimizer, given, beside):
     run = change(change(CHUNKED, "execution", **execution), "optimizer", **optimizer)
     held = memory(run, abstract_mesh(mesh, devices), samples, image, 512, "cpu")
     assert held.arguments == pytest.approx(given * 1e9, rel=1e-3)
-    assert held.temporaries == pytest.approx(beside * 1e9, rel=0.05)
+    assert held.total == pytest.approx((given + beside) * 1e9, rel=0.025)  # the goal is 5 %
 
 
 @pytest.mark.parametrize(("run", "name", "samples", "advice"), [

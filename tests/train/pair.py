@@ -1,14 +1,16 @@
 """`python -m tests.train.pair WORKDIR PORT PROCESS ORDER`: one of two processes that count together, and save.
 
-The state is a sharded array that grows by one a step; "restore" instead of "count" takes up what is there.
+ORDER "count": the state is a sharded array that grows by one a step. "restore" takes up what is there. "export" writes
+weights.
 """
 
+import functools
 import os
 import pathlib
 import sys
 import time
 
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2"
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
@@ -17,9 +19,14 @@ from jax.sharding import NamedSharding  # noqa: E402
 
 from acejax.checkpoint import Checkpoints  # noqa: E402
 from acejax.errors import UserError  # noqa: E402
+from acejax.model.config import MMDiTConfig  # noqa: E402
+from acejax.model.mmdit import init  # noqa: E402
+from acejax.parallel import rules  # noqa: E402
 from acejax.parallel.mesh import make_mesh  # noqa: E402
+from acejax.train.export import Exports  # noqa: E402
 from acejax.train.preemption import Preempted, Preemption  # noqa: E402
 from acejax.workdir import lock  # noqa: E402
+from tests.train.small import make_config  # noqa: E402
 
 STEPS = 2000
 
@@ -56,12 +63,22 @@ def restore(workdir: pathlib.Path) -> None:
     print(f"restored {step} {state['x'].dtype} {'right' if right else 'wrong'}", flush=True)
 
 
+def export(workdir: pathlib.Path) -> None:
+    """The small model's weights, of which each process has a part."""
+    config = MMDiTConfig(**make_config().model)
+    begin = functools.partial(init, config, jax.random.key(0))
+    place = rules.shardings(jax.eval_shape(begin), make_mesh({"fsdp": 4}))
+    exports = Exports(workdir, config, "bfl")
+    exports.save(1, jax.jit(begin, out_shardings=place)())
+    exports.close()
+
+
 def main(workdir: str, port: str, process: str, order: str) -> int:
     logging.set_verbosity(logging.FATAL)
     jax.distributed.initialize(f"localhost:{port}", 2, int(process))
     try:
         with lock(workdir):
-            {"count": count, "restore": restore}[order](pathlib.Path(workdir))
+            {"count": count, "restore": restore, "export": export}[order](pathlib.Path(workdir))
     except Preempted as leaving:
         print(f"left after {leaving.step}", flush=True)
         raise

@@ -1,4 +1,4 @@
-"""SIGTERM and damage in a run of two processes: all do the same."""
+"""Runs of two processes: SIGTERM to one, damage to the part of one, an export of both parts."""
 
 import os
 import pathlib
@@ -8,10 +8,15 @@ import socket
 import subprocess
 import sys
 
+import jax
+import numpy as np
 import pytest
 
+import acejax
+from acejax.model.mmdit import init
 from acejax.train.preemption import Preemption
 from tests.counts import count
+from tests.train.small import make_config
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -81,6 +86,16 @@ def test_damage_to_the_part_of_one_process_is_seen_by_both(counted):
     assert codes == [0, 0] and set(lines) == {f"restored {older} bfloat16 right"}, (lines, errors)
     assert (workdir / "damaged" / str(newest)).is_dir()
     assert sum("is damaged" in told for told in errors) == 1
+
+
+@pytest.mark.skipif(count(True, False), reason="in full counts: a gather to compile for each shape")
+def test_an_export_of_two_processes_is_whole(tmp_path):
+    codes, lines, errors = Pair(tmp_path, "export").end()
+    assert codes == [0, 0], errors
+    config = acejax.MMDiTConfig(**make_config().model)
+    _, loaded = acejax.load_mmdit(tmp_path / "exports" / "step_000001.safetensors", config)
+    jax.tree.map(lambda found, expected: np.testing.assert_allclose(found, expected, rtol=1e-6), loaded,
+                 jax.jit(init, static_argnums=0)(config, jax.random.key(0)))
 
 
 @pytest.mark.skipif(count(True, False), reason="in full counts; the pair above stands for it")

@@ -18,12 +18,14 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
+from acejax import __version__
 from acejax.errors import UserError
 from acejax.model.config import AutoencoderConfig, CLIPConfig, MMDiTConfig, T5Config
 
 _KINDS = {kind.__name__: kind for kind in (MMDiTConfig, AutoencoderConfig, T5Config, CLIPConfig)}
-_LIBRARIES = ("acejax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
+_LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
 _BLOCK = 2**22  # numbers
+_GROUP = 2**26  # bytes of small leaves that one program sums: XLA on a CPU makes a copy of each
 
 
 class Checkpoints:
@@ -43,6 +45,7 @@ class Checkpoints:
         self._workdir = epath.Path(workdir).expanduser().resolve()  # Orbax wants absolute paths
         self._folder = self._workdir / "checkpoints"
         self._kept = _Kept(keep, best, {})
+        _hush()
         options = ocp.CheckpointManagerOptions(preservation_policy=self._kept, cleanup_tmp_directories=True)
         self._manager = _Manager(self._folder, options=options)
         for step in self._manager.all_steps():
@@ -60,7 +63,11 @@ class Checkpoints:
           OSError, ValueError: they are damaged.
         """
         notes = json.loads((self._folder / str(step) / "notes" / "metadata").read_text())
-        if not isinstance(notes, dict) or not {"step", "score", "versions", "checksums"} <= notes.keys():
+        try:
+            whole = "score" in notes and all(len(mark) == 2 for mark in notes["checksums"].values())
+        except (AttributeError, KeyError, TypeError):
+            whole = False
+        if not whole:
             raise ValueError(f"the notes of step {step} are not whole")
         return notes
 
@@ -136,13 +143,12 @@ class Checkpoints:
             state = ocp.StandardCheckpointHandler(restore_concurrent_gb=_concurrent(like)).restore(
                 self._folder / str(step) / "state", args=ocp.args.StandardRestore(like))
         except Exception as error:  # whatever files, JSON, OCDBT and Orbax make of what is not whole
-            _hush()
             problem = _reason(error)
         if _anywhere(problem is not None):
             return None, problem or "another process cannot read its part"
-        found = _checksums(state)
-        wrong = [path for path, (dtype, value) in notes["checksums"].items()
-                 if path in found and found[path][0] == dtype and found[path][1] != value]
+        saved = notes["checksums"]
+        wrong = [path for path, (dtype, value) in _checksums(state).items()
+                 if path not in saved or saved[path][0] == dtype and saved[path][1] != value]
         return (None, f"{wrong[0]} has other numbers than were saved") if wrong else (state, None)
 
     def _set_aside(self, step: int, problem: str, instead: int) -> None:
@@ -191,6 +197,7 @@ class _Kept:
     scores: dict[int, float]
 
     def note(self, step: int, score: float | None) -> None:
+        self.scores.pop(step, None)
         if score is not None:
             self.scores[step] = score
 
@@ -202,8 +209,8 @@ class _Kept:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and the libraries whose numbers a run depends on; those not installed are left out."""
-    found = {"python": platform.python_version()}
+    """Of Python, acejax and the libraries that a run's numbers depend on; those not installed are left out."""
+    found = {"python": platform.python_version(), "acejax": __version__}
     for name in _LIBRARIES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
@@ -217,7 +224,13 @@ def _checksums(tree: Any) -> dict[str, list[Any]]:
     devices is cheaper than reading files again.
     """
     leaves = _by_path(tree)
-    sums = jax.device_get(_sums(tuple(leaves.values())))
+    groups, size = [[]], 0
+    for leaf in leaves.values():
+        if size + leaf.nbytes > _GROUP:
+            groups, size = [*groups, []], 0
+        groups[-1].append(leaf)
+        size += leaf.nbytes
+    sums = [value for group in groups for value in jax.device_get(_sums(tuple(group)))]
     return {path: [str(leaf.dtype), int(value)] for (path, leaf), value in zip(leaves.items(), sums, strict=True)}
 
 
@@ -269,7 +282,7 @@ def _reason(error: BaseException) -> str:
 
 @functools.cache
 def _hush() -> None:
-    """TensorStore tells at length of each read that fails after the first one, whose exception has told of them all."""
+    """TensorStore tells at length of each read or write that fails after the first, whose exception tells of all."""
     usual, known = sys.unraisablehook, ("TensorStore", "vent loop is closed")
     sys.unraisablehook = lambda told: None if any(name in str(told.exc_value) for name in known) else usual(told)
 
@@ -307,6 +320,7 @@ def load_weights(path: epath.PathLike, ema: bool = False) -> tuple[Any, Any]:
         raise UserError(f"{path}: says of no model what it is ({type(error).__name__}: {error})") from None
     if not where.exists():
         raise UserError(f"{path}: no parameters there; expected {where}")
+    _hush()
     try:
         with ocp.PyTreeCheckpointer() as checkpointer:
             tree = checkpointer.metadata(where).item_metadata.tree
@@ -316,7 +330,6 @@ def load_weights(path: epath.PathLike, ema: bool = False) -> tuple[Any, Any]:
             args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
             restored = checkpointer.restore(where, args=ocp.args.PyTreeRestore(tree, args, partial_restore=True))
     except Exception as error:  # whatever Orbax makes of files that are not its own, or not whole
-        _hush()
         raise UserError(f"{where}: cannot be read as an Orbax checkpoint ({type(error).__name__})") from None
     if not wanted:
         return config, restored

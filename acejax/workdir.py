@@ -67,9 +67,9 @@ def lock(workdir: epath.PathLike) -> Iterator[None]:
 
     Process 0 locks for all. On a disk that is an advisory lock (flock) on `lock.json`, which the system frees when the
     run ends, however it ends. An object store has no locks: there `lock.json` is a lease, rewritten every REFRESH
-    seconds. Who finds one watches it for PATIENCE times as long, and takes it over if nothing changes; no clocks are
-    compared. Two runs that start within a second or two on an object store may both see it free: the one whose lease
-    was overwritten notices, and is refused, only if the other's has arrived when it looks again.
+    seconds. Who finds one watches it for PATIENCE times as long, and takes it over if nothing changes, so that no
+    clocks are compared. Two runs that find none in the same second both write theirs and look again soon after; the
+    one that was overwritten is refused. That is no proof: a store may take longer to show the other's.
 
     Raises:
       UserError: another run holds it, naming its host and process; or the workdir can't be written.

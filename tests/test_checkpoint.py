@@ -4,6 +4,8 @@ import dataclasses
 import json
 import pathlib
 import shutil
+import subprocess
+import sys
 from typing import Any
 
 import jax
@@ -13,6 +15,7 @@ import pytest
 
 from acejax import UserError, checkpoint
 from acejax.checkpoint import Checkpoints
+from tests.counts import count
 
 
 @jax.tree_util.register_dataclass
@@ -64,7 +67,7 @@ def test_what_is_saved_comes_back(three):
     assert_equal(state, make_state(3))
     notes = checkpoints.notes(3)
     assert notes["step"] == 3 and notes["data"] == {"digest": "abc"} and notes["score"] is None
-    assert {"python", "jax", "flax", "optax", "orbax-checkpoint"} <= notes["versions"].keys()
+    assert {"python", "acejax", "jax", "flax", "optax", "orbax-checkpoint"} <= notes["versions"].keys()
     checkpoints.save(3, make_state(4))  # is there already
     checkpoints.close()
     assert_equal(Checkpoints(three, keep=3).restore(make_state(0))[1], make_state(3))
@@ -118,6 +121,8 @@ DAMAGE = {
     "no notes": lambda run: shutil.rmtree(run / "checkpoints/3/notes"),
     "broken notes": lambda run: truncate(run / "checkpoints/3/notes/metadata"),
     "other notes": lambda run: (run / "checkpoints/3/notes/metadata").write_text("[]"),
+    "notes of other kinds": lambda run: (run / "checkpoints/3/notes/metadata").write_text(
+        '{"score": null, "checksums": {"step": 3}}'),
     "empty": lambda run: [path.write_bytes(b"") for path in files(run, 3, "")],
 }
 
@@ -183,3 +188,29 @@ def test_weights_of_a_workdir(tmp_path):
     flip(files(tmp_path / "without", 1, "state")[-1])
     with pytest.raises(UserError, match="has other numbers than were saved"):
         checkpoint.load_weights(tmp_path / "without")
+
+
+MEGABYTES, FIXED = count((200, 100), (1000, 0))  # of the state; and what does not grow with it: OCDBT's cache and more
+
+
+@pytest.fixture(scope="module")
+def big(tmp_path_factory):
+    """A float32 state, saved from one mesh."""
+    return tmp_path_factory.mktemp("big")
+
+
+def measured(big: pathlib.Path, order: str) -> dict[str, int]:
+    done = subprocess.run([sys.executable, "-m", "tests.checkpoint_memory", str(big), str(MEGABYTES), order],
+                          cwd=pathlib.Path(__file__).parents[1], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc/self/clear_refs").exists(), reason="only Linux tells the peak")
+def test_memory(big):
+    """Saving takes a copy of the state; restoring on another mesh, in another dtype, no more than one besides it."""
+    saved = measured(big, "save")
+    assert saved["save"] < saved["state"] + (FIXED + 50) * 10**6
+    for dtype in count(("bfloat16",), ("bfloat16", "float32")):
+        found = measured(big, dtype)
+        assert found["restore"] < found["state"] + saved["state"] + FIXED * 10**6, dtype

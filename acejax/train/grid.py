@@ -5,7 +5,7 @@ import textwrap
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 COLUMNS = ("references", "edit", "to be changed", "mask", "target", "sample")
 SIDE = 192  # pixels: the height of a picture, unless it would be wider than twice that
@@ -72,4 +72,5 @@ def _shown(picture: np.ndarray) -> Image.Image:
     scale = min(SIDE / picture.shape[0], 2 * SIDE / picture.shape[1])
     size = max(1, round(picture.shape[1] * scale)), max(1, round(picture.shape[0] * scale))
     filtered = Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.NEAREST
-    return Image.fromarray(picture).convert("RGB").resize(size, filtered)
+    shown = Image.fromarray(picture).convert("RGB").resize(size, filtered)
+    return ImageOps.expand(shown, 1, "lightgrey")  # a white mask is seen on white

@@ -19,9 +19,11 @@ from acejax.model.config import Execution
 from acejax.parallel import batch as batches
 from acejax.parallel import mesh as meshes
 from acejax.parallel import processes, rules
+from acejax.parallel.chips import chip_of
 from acejax.train.config import TrainConfig
 from acejax.train.export import Exports
 from acejax.train.optimizer import make_optimizer
+from acejax.train.plan import plan
 from acejax.train.preemption import Preempted, Preemption
 from acejax.train.profile import Profiler, write_hlo
 from acejax.train.start import load_start, open_start
@@ -103,7 +105,12 @@ def _train(run: TrainConfig, mesh: Mesh, config: ml_collections.ConfigDict, work
     stream = stream.share(batches.parts_of(mesh), rules.batch_parts(mesh))
     put = functools.partial(batches.to_mesh, mesh)
     stop = run.steps if until is None else min(until, run.steps)
-    compiled = {} if start >= stop else _compile(state, stream, start, stop, put, placement, setting, optimizer)
+    compiled = {}
+    if start < stop:
+        examples = stream.examples(start, stop)
+        processes.say(_plan(run, stream, examples))
+        compiled = _compile(state, {bucket: put(batch) for bucket, batch in examples.items()}, placement, setting,
+                            optimizer)
     for bucket, program in compiled.items() if dump_hlo else ():
         write_hlo(dump_hlo, f"train_step_{bucket}_tokens", program)
     seconds = {"compile": time.time() - started}
@@ -145,7 +152,7 @@ def _train(run: TrainConfig, mesh: Mesh, config: ml_collections.ConfigDict, work
 
 def _begin(run: TrainConfig, mesh: Mesh, setting: StepConfig, optimizer, placement: TrainState) -> TrainState:
     """The state before the first step, on the mesh."""
-    if run.init_from is None:
+    if not run.init_from:
         return jax.jit(init_state, static_argnums=(0, 1), out_shardings=placement)(setting, optimizer)
     processes.say(f"starting from {run.init_from}")
     begin = jax.jit(init_state, static_argnums=(0, 1), out_shardings=placement, donate_argnums=2)
@@ -170,12 +177,18 @@ def _notes(config: ml_collections.ConfigDict, stream: Stream, step: int) -> dict
                      "digest": getattr(stream.table, "digest", None)}}  # pictures read while training have none
 
 
-def _compile(state: Any, stream: Stream, start: int, stop: int, put, placement, setting: StepConfig, optimizer) -> dict:
+def _plan(run: TrainConfig, stream: Stream, examples: dict[int, dict[str, Any]]) -> str:
+    """What the steps need of the devices that are here, in a line."""
+    text = next(iter(examples.values()))["text"].shape[1]
+    buckets = {bucket: stream.batch_sizes[bucket] for bucket in examples}
+    return plan(run, buckets, text, chip_of(jax.devices()[0]), jax.device_count()).line()
+
+
+def _compile(state: Any, examples: dict[int, dict[str, Any]], placement, setting: StepConfig, optimizer) -> dict:
     """One compiled step for each bucket that the run will meet, made side by side."""
     step = jax.jit(functools.partial(train_step, setting=setting, optimizer=optimizer), donate_argnums=0,
                    out_shardings=(placement, None))
-    examples = stream.examples(start, stop)
     processes.say(f"compiling the training step for {len(examples)} numbers of tokens ...")
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        lowered = {bucket: step.lower(state, put(batch)) for bucket, batch in examples.items()}
+        lowered = {bucket: step.lower(state, batch) for bucket, batch in examples.items()}
         return dict(zip(lowered, pool.map(lambda low: low.compile(), lowered.values()), strict=True))

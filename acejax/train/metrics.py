@@ -64,7 +64,7 @@ def summarize(steps: Sequence[Metrics], tasks: Sequence[str]) -> dict[str, float
     values |= {f"L_ref/{number}": value for number, value in enumerate(references, 1)}
     values |= {f"task/{name}": value for name, value in zip(tasks, means("task", "task_fraction"), strict=True)}
     bins = means("sigma", "sigma_fraction")
-    values |= {f"sigma/{place / len(bins):g}": value for place, value in enumerate(bins)}
+    values |= {f"sigma/{place / len(bins):.1f}": value for place, value in enumerate(bins)}
     return {name: value for name, value in values.items() if value is not None}
 
 

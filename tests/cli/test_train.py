@@ -1,5 +1,6 @@
 """`acejax train` on one's own pictures, up to the loop: what it checks, says and binds the workdir to."""
 
+import functools
 import json
 import types
 
@@ -13,6 +14,7 @@ from tests.train.small import Table
 LINE = ["train", "--config=ace_plus_stage2.py", "--config.init_from=", "--config.model.depth=1",
         "--config.mesh.fsdp=1", "--cpu_devices=1"]
 
+UNJUDGED = ("--config.validation.every=0", "--config.validation.grid_every=0")
 
 @pytest.fixture
 def train(tmp_path, monkeypatch):
@@ -31,10 +33,17 @@ def train(tmp_path, monkeypatch):
 
 
 def test_a_resume_on_other_data_is_refused(train, capsys):
+    train.run = functools.partial(train.run, *UNJUDGED)
     assert train.run() == 0 and train.run() == 0
     assert train.run(digest="two") == 2
     assert "the data has changed since this run began (the digest of its features was one" in capsys.readouterr().err
     assert json.loads((train.workdir / "data.json").read_text()) == {"digest": "one"} and len(train.streams) == 2
+
+
+def test_what_is_held_out_may_not_begin_or_end_within_a_run(train, capsys):
+    assert train.run() == 0 and len(train.streams[0].table) == 160 - 4 * 4  # a tenth of each task's 40
+    assert train.run("--config.validation.every=7") == 0
+    assert train.run(*UNJUDGED) == 2 and "the data has changed since this run began" in capsys.readouterr().err
 
 
 def test_where_things_lie_may_change_between_runs(train, capsys):

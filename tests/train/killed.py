@@ -44,20 +44,22 @@ class Run:
         self.log = workdir.with_name(f"{workdir.name}.log")
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__])
-        self._process = context.Process(target=_main, args=(workdir, self.log, fsdp, until, fault))
-        self._process.start()
+        self.process = context.Process(target=_main, args=(workdir, self.log, fsdp, until, fault))
+        self.process.start()
 
     def end(self) -> int:
         """The exit code, or minus the signal that it died from."""
-        self._process.join(300)
-        return self._process.exitcode
+        self.process.join(300)
+        return self.process.exitcode
 
     def signal(self, number: int) -> None:
-        os.kill(self._process.pid, number)
+        """Send it a signal, unless it has ended."""
+        if self.process.is_alive():
+            os.kill(self.process.pid, number)
 
     def wait_for(self, text: str) -> None:
         """Until it has printed this, or ended."""
-        while self._process.is_alive() and not (self.log.exists() and text in self.log.read_text()):
+        while self.process.is_alive() and not (self.log.exists() and text in self.log.read_text()):
             time.sleep(0.02)
 
 

@@ -6,11 +6,13 @@ import pathlib
 import subprocess
 import sys
 
+import jax
+import numpy as np
 import pytest
 
-from acejax import UserError
+from acejax import UserError, checkpoint
 from acejax.workdir import lock
-from tests.train.killed import EVERY, STEPS, Run
+from tests.train.killed import EVERY, Run
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -26,14 +28,6 @@ def test_a_disk_that_fills_up_while_saving(tmp_path):
     again = Run(tmp_path / "run", until=EVERY + 1)
     assert again.end() == 0 and f"at step {EVERY}\n" in again.log.read_text()
     assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == {str(EVERY), str(EVERY + 1)}
-
-    newest = max((tmp_path / "run" / "checkpoints" / str(EVERY + 1) / "state").rglob("*"),
-                 key=lambda path: path.stat().st_size if path.is_file() else 0)
-    newest.write_bytes(newest.read_bytes()[:newest.stat().st_size // 2])
-    again = Run(tmp_path / "run", until=EVERY + 2)
-    assert again.end() == 0
-    assert f"step {EVERY + 1} is damaged (" in again.log.read_text()
-    assert (tmp_path / "run" / "damaged" / str(EVERY + 1)).is_dir()
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="a user's own folders are not read-only to others")
@@ -57,8 +51,10 @@ def test_a_batch_with_nan(tmp_path):
     run = Run(tmp_path / "run", until=EVERY, fault="nan")
     assert run.end() == 0, run.log.read_text()
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert len(lines) == EVERY < STEPS
-    assert Run(tmp_path / "run", until=EVERY + 1).end() == 0
+    assert [line["step"] for line in lines if "loss" not in line] == [7] and len(lines) == EVERY
+    assert [line["skipped"] for line in lines] == [float(line["step"] == 7) for line in lines]
+    _, params = checkpoint.load_weights(tmp_path / "run")
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
 
 
 def test_a_workdir_that_is_a_file(tmp_path):

@@ -30,8 +30,9 @@ def test_averages_by_share():
                   sigma=np.eye(10)[3] * 7, sigma_fraction=np.eye(10)[3])
     found = summarize([first, second], ("a", "b"))
     assert found == pytest.approx({
-        "skipped": 0, "loss": 3, "gradient_norm": 2, "L_ref/1": (0.25 * 4 + 0.5 * 8) / 0.75,
-        "L_tar": (0.75 + 0.5 * 3) / 1.25, "task/a": (2 + 3) / 1.5, "task/b": 2, "sigma/0.3": 6})
+        "skipped": 0, "loss": 3, "gradient_norm": 2, "task/b": 2, "L_ref/1": (0.25 * 4 + 0.5 * 8) / 0.75,
+        "L_ref": (0.25 * 4 + 0.5 * 8) / 0.75, "L_tar": (0.75 + 0.5 * 3) / 1.25, "task/a": (2 + 3) / 1.5,
+        "sigma/0.3": 6})
 
 
 def test_skipped_steps_are_counted_and_left_out():

@@ -11,6 +11,7 @@ import sys
 import pytest
 
 from acejax.train.preemption import Preemption
+from tests.counts import count
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -24,13 +25,17 @@ def test_a_signal_is_kept_for_the_end_of_the_step():
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return str(free.getsockname()[1])
+
+
 class Pair:
     """Two processes of `tests.train.pair`."""
 
     def __init__(self, workdir: pathlib.Path, order: str):
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            port = str(free.getsockname()[1])
+        port = free_port()
         self.processes = [subprocess.Popen(
             [sys.executable, "-m", "tests.train.pair", str(workdir), port, str(process), order], cwd=ROOT,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for process in range(2)]
@@ -76,3 +81,24 @@ def test_damage_to_the_part_of_one_process_is_seen_by_both(counted):
     assert codes == [0, 0] and set(lines) == {f"restored {older} bfloat16 right"}, (lines, errors)
     assert (workdir / "damaged" / str(newest)).is_dir()
     assert sum("is damaged" in told for told in errors) == 1
+
+
+@pytest.mark.skipif(count(True, False), reason="in full counts; the pair above stands for it")
+def test_training_on_two_processes_leaves_and_goes_on(tmp_path):
+    """The training loop itself; it goes on in one process, on another mesh."""
+    port = free_port()
+    pair = [subprocess.Popen([sys.executable, "-m", "tests.train.meshed", str(tmp_path), "100000",
+                              '{"run": {"fsdp": 8}}', port, str(process)], cwd=ROOT, stdout=subprocess.PIPE,
+                             stderr=subprocess.PIPE, text=True) for process in range(2)]
+    assert any(line.startswith("step 8/") for line in pair[0].stdout), pair[0].stderr.read()
+    pair[1].send_signal(signal.SIGTERM)
+    out, said = pair[0].communicate(timeout=120)
+    assert [process.wait(120) for process in pair] == [75, 75], said
+    step = max(int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert out.splitlines()[-1] == f"preempted: step {step} is saved; the same command goes on from there"
+    again = subprocess.Popen([sys.executable, "-m", "tests.train.meshed", str(tmp_path), "100000",
+                              '{"run": {"fsdp": 4, "tensor": 2}}'], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        assert any(line.endswith(f" at step {step}\n") for line in again.stdout)
+    finally:
+        again.kill()

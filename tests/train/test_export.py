@@ -1,0 +1,45 @@
+"""Weights as safetensors while a run goes on."""
+
+import jax
+import numpy as np
+import pytest
+
+import acejax
+from acejax.model.mmdit import init
+from acejax.train import export
+from acejax.train.export import Exports
+from acejax.weights import keymaps
+from acejax.weights.source import open_source
+from tests.train.small import make_config
+
+
+@pytest.fixture(scope="module")
+def small():
+    config = acejax.MMDiTConfig(**make_config().model)
+    return config, jax.jit(init, static_argnums=0)(config, jax.random.key(0))
+
+
+@pytest.mark.parametrize("layout", ["bfl", "comfy", "diffusers"])
+def test_an_export_loads_as_what_was_trained(small, tmp_path, monkeypatch, layout):
+    """Also where leaves are gathered in pieces, the last of which overlap."""
+    monkeypatch.setattr(export, "PIECE", 3000)
+    config, params = small
+    exports = Exports(tmp_path, config, layout)
+    exports.save(12, params)
+    exports.save(24, jax.tree.map(np.negative, params))
+    exports.close()
+    assert sorted(path.name for path in (tmp_path / "exports").iterdir()) == ["step_000012.safetensors",
+                                                                              "step_000024.safetensors"]
+    path = tmp_path / "exports" / "step_000012.safetensors"
+    assert all(key.startswith(keymaps.COMFY) for key in open_source(path).tensors) == (layout == "comfy")
+    _, loaded = acejax.load_mmdit(path, config)
+    jax.tree.map(np.testing.assert_array_equal, loaded, params)
+
+
+def test_an_export_that_cannot_be_written_is_told(small, tmp_path):
+    (tmp_path / "exports").write_text("")
+    exports = Exports(tmp_path, small[0], "bfl")
+    exports.save(1, small[1])
+    with pytest.raises(acejax.UserError, match="step_000001.safetensors.* cannot be written"):
+        exports.close()
+    exports.close()

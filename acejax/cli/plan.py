@@ -105,7 +105,7 @@ def _compare(modelled: Plan, made: Compiled) -> bool:
 
 
 def _define(values: flags.FlagValues) -> None:
-    flags.DEFINE_string("topology", None, "Devices: CHIPxN, a slice's name as v5e-256 or v5p-128 (64 chips), or "
+    flags.DEFINE_string("topology", None, "Devices to plan for: CHIPxN, a slice as v5e-256 or v5p-128 (64 chips), or "
                         f"cpu:N; the chips are {', '.join(CHIPS)}.", flag_values=values)
     flags.DEFINE_float("efficiency", 0.5, "Share of the chip's peak that matrix products reach.", flag_values=values)
     flags.DEFINE_integer("tokens", None, "Image tokens of a sample; by default as the config has it.", lower_bound=1,

@@ -55,9 +55,10 @@ def _float32_copies(config: MMDiTConfig, itemsize: int) -> float:
     return 3 * 4 * width * config.mlp_size + 2 * itemsize * 3 * width**2
 
 
-# "cpu" is what `acejax.train.plan_compile` sees on virtual devices with jax 0.10: the full-size step within 2.5 % on
-# all meshes tried (tests/train/test_plan.py), small models over the tensor axis within 12 %. The others count every
-# array of the block's backward pass once and have not been held against such a device.
+# "cpu" is what `acejax.train.plan_compile` sees on virtual devices: the full-size step within 2.5 % on all meshes
+# tried with jax 0.10.2 (tests/train/test_plan.py), within 8 % with 0.10.0 and 0.11.2 on 64 devices; small models over
+# the tensor axis within 12 %. The others count every array of a block's backward pass once and have not been held
+# against such a device.
 BACKENDS = {
     "cpu": Backend(mlp=7, heads=4, hidden=3, logits=3, gathered=_float32_copies, reserve=0.1e9),
     "gpu": Backend(mlp=16, heads=8, hidden=4, logits=3, gathered=_two_blocks, reserve=1.5e9),

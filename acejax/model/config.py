@@ -209,8 +209,9 @@ class Execution:
         `for_platform` names the fast kernel of a GPU or TPU.
       remat: what the backward pass recomputes: "none" (keep all), "full" (keep block inputs), "attention" (keep block
         inputs and attention outputs).
-      constrain: `f(x, kind)` pins an activation's sharding. The kinds: "hidden" [B, S, D]; "heads" [B, S, H, head_dim],
-        queries, keys and values on their way into attention; "tokens" [B, S, H, head_dim], what comes out of it.
+      constrain: `f(x, kind)` pins an activation's sharding. The kinds: "hidden" [B, S, D], a stream and what is added
+        to it; "modulation" [B, vectors, D]; "heads" [B, S, H, head_dim], queries, keys and values on their way into
+        attention; "tokens" [B, S, H, head_dim], what comes out of it.
       share: makes of attention `f(q, k, v, lengths)` one that each device runs on its own samples and heads.
     """
 

@@ -100,21 +100,24 @@ class StreamLayers(nn.Module):
 
     def before(self, x: jax.Array, vec: jax.Array):
         """x [B, S, D], vec [B, D] -> (q, k, v), each [B, S, heads, head_dim], and what `after` needs."""
-        shift, scale, *rest = jnp.split(self.modulation(nn.silu(vec))[:, :, None], 3 if self.parallel else 6, axis=1)
-        y = modulated_norm(x, shift[:, 0], scale[:, 0])
+        modulation = self.execution.constrain(self.modulation(nn.silu(vec)), "modulation")
+        shift, scale, *rest = jnp.split(modulation[:, :, None], 3 if self.parallel else 6, axis=1)
+        y = self.execution.constrain(modulated_norm(x, shift[:, 0], scale[:, 0]), "hidden")
         q, k, v = (self.execution.constrain(part, "heads") for part in jnp.moveaxis(self.qkv(y), -3, 0))
         return (self.query_norm(q), self.key_norm(k), v), (x, y, [part[:, 0] for part in rest])
 
     def after(self, attended: jax.Array, kept) -> jax.Array:
         """attended [B, S, heads, head_dim] -> the stream's new value [B, S, D]."""
         x, y, modulation = kept
-        attended = self.proj(self.execution.constrain(attended, "tokens").reshape(x.shape))
+        constrain = self.execution.constrain
+        attended = constrain(self.proj(constrain(attended, "tokens").reshape(x.shape)), "hidden")
         if self.parallel:
             (gate,) = modulation
-            return x + gate * (attended + self.mlp_out(gelu(self.mlp_in(y))))
+            return x + gate * (attended + constrain(self.mlp_out(gelu(self.mlp_in(y))), "hidden"))
         gate, shift, scale, mlp_gate = modulation
         x = x + gate * attended
-        return x + mlp_gate * self.mlp_out(gelu(self.mlp_in(modulated_norm(x, shift, scale))))
+        y = constrain(modulated_norm(x, shift, scale), "hidden")
+        return x + mlp_gate * constrain(self.mlp_out(gelu(self.mlp_in(y))), "hidden")
 
 
 class Scale(nn.Module):
@@ -188,9 +191,10 @@ class FinalLayer(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, vec: jax.Array) -> jax.Array:
         c, dtype = self.config, self.execution.dtype
-        shift, scale = jnp.split(
-            Dense((2, c.hidden_size), dtype, zero=True, name="modulation")(nn.silu(vec)), 2, axis=1)
-        return Dense((c.out_channels,), dtype, zero=True, name="linear")(modulated_norm(x, shift, scale))
+        modulation = Dense((2, c.hidden_size), dtype, zero=True, name="modulation")(nn.silu(vec))
+        shift, scale = jnp.split(self.execution.constrain(modulation, "modulation"), 2, axis=1)
+        x = self.execution.constrain(modulated_norm(x, shift, scale), "hidden")
+        return Dense((c.out_channels,), dtype, zero=True, name="linear")(x)
 
 
 class MMDiT(nn.Module):

@@ -159,7 +159,8 @@ def test_constrain_sees_every_activation(params, sample):
     jax.eval_shape(lambda: loss(params, sample, acejax.Execution(constrain=constrain)))
     assert seen == {("hidden", (2, size, 64)) for size in (3, 6, 9)} | {  # text, image, both
         ("heads", (2, size, 2, 32)) for size in (3, 6, 9)} | {
-        ("tokens", (2, size, 2, 32)) for size in (3, 6, 9)}
+        ("tokens", (2, size, 2, 32)) for size in (3, 6, 9)} | {
+        ("modulation", (2, vectors, 64)) for vectors in (6, 3, 2)}  # double, single, final
 
 
 def test_eval_shape_and_init():

@@ -187,7 +187,7 @@ def _plan(run: TrainConfig, stream: Stream, examples: dict[int, dict[str, Any]])
 def _compile(state: Any, examples: dict[int, dict[str, Any]], placement, setting: StepConfig, optimizer) -> dict:
     """One compiled step for each bucket that the run will meet, made side by side."""
     step = jax.jit(functools.partial(train_step, setting=setting, optimizer=optimizer), donate_argnums=0,
-                   out_shardings=(placement, None))
+                   out_shardings=(placement, placement.step))  # metrics lie everywhere, as the step
     processes.say(f"compiling the training step for {len(examples)} numbers of tokens ...")
     with concurrent.futures.ThreadPoolExecutor() as pool:
         lowered = {bucket: step.lower(state, batch) for bucket, batch in examples.items()}

@@ -12,6 +12,9 @@ for seed in 0 1 2; do
     cp "runs/seed$seed/report.json" "$results/demo_seed$seed.json"
 done
 
+.venv/bin/acejax bench stages --json "$results/stages.json" || failed=1
+.venv/bin/acejax bench plan --json "$results/plan.json" || failed=1
+
 for pair in ${PYTHONS:-3.11:0.10 3.12:0.11 3.13:0.12}; do
     python=python${pair%:*} jax=${pair#*:}
     if ! "$python" --version >/dev/null 2>&1; then  # a version manager may have the name without the version

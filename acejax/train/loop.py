@@ -75,6 +75,8 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike, stream: St
 def _train(config: ml_collections.ConfigDict, workdir: epath.PathLike, stream: Stream, until: int | None,
            preemption: Preemption) -> tuple[TrainState, dict[str, float]]:
     run, mesh = check(config)
+    for bucket in stream.batch_sizes:
+        rules.check_tokens(mesh, "a bucket of images", bucket)
     claim(workdir, config.to_dict(), FREE)
     how = run.execution
     setting = run.setting(Execution(how.dtype, how.attention, how.remat, rules.constrain(mesh), rules.share(mesh)),
@@ -95,7 +97,7 @@ def _train(config: ml_collections.ConfigDict, workdir: epath.PathLike, stream: S
     stream = stream.share(batches.parts_of(mesh), rules.batch_parts(mesh))
     put = functools.partial(batches.to_mesh, mesh)
     stop = run.steps if until is None else min(until, run.steps)
-    compiled = {} if start >= stop else _compile(state, stream, start, stop, put, placement, setting, optimizer)
+    compiled = {} if start >= stop else _compile(state, stream, start, stop, mesh, placement, setting, optimizer)
     seconds = {"compile": time.time() - started}
 
     rate = jax.jit(learning_rate(run.optimizer, run.steps))
@@ -157,12 +159,15 @@ def _notes(config: ml_collections.ConfigDict, stream: Stream, step: int) -> dict
                      "digest": getattr(stream.table, "digest", None)}}  # pictures read while training have none
 
 
-def _compile(state: Any, stream: Stream, start: int, stop: int, put, placement, setting: StepConfig, optimizer) -> dict:
+def _compile(state: Any, stream: Stream, start: int, stop: int, mesh: Mesh, placement, setting: StepConfig,
+             optimizer) -> dict:
     """One compiled step for each bucket that the run will meet, made side by side."""
     step = jax.jit(functools.partial(train_step, setting=setting, optimizer=optimizer), donate_argnums=0,
                    out_shardings=(placement, None))
     examples = stream.examples(start, stop)
+    for batch in examples.values():
+        rules.check_tokens(mesh, "text", batch["text"].shape[1])
     processes.say(f"compiling the training step for {len(examples)} numbers of tokens ...")
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        lowered = {bucket: step.lower(state, put(batch)) for bucket, batch in examples.items()}
+        lowered = {bucket: step.lower(state, batches.to_mesh(mesh, batch)) for bucket, batch in examples.items()}
         return dict(zip(lowered, pool.map(lambda low: low.compile(), lowered.values()), strict=True))

@@ -85,6 +85,8 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike, stream: St
 def _train(run: TrainConfig, mesh: Mesh, config: ml_collections.ConfigDict, workdir: epath.PathLike, stream: Stream,
            until: int | None, preemption: Preemption, held_out: HeldOut | None, profile: str, dump_hlo: str
            ) -> tuple[TrainState, dict[str, float]]:
+    for bucket in stream.batch_sizes:
+        rules.check_tokens(mesh, "a bucket of images", bucket)
     claim(workdir, config.to_dict(), FREE)
     how = run.execution
     setting = run.setting(Execution(how.dtype, how.attention, how.remat, rules.constrain(mesh), rules.share(mesh)),

@@ -8,6 +8,7 @@ from absl import flags
 from etils import epath
 
 from acejax.cli.config import parse_config
+from acejax.cli.processes import define_processes, joined
 from acejax.errors import UserError
 
 
@@ -27,12 +28,14 @@ def main(argv: Sequence[str]) -> int:
     from acejax.data import written
     from acejax.data.config import DataConfig
     from acejax.data.inputs import build_features
+    from acejax.parallel.processes import is_first
 
     data = DataConfig.of(config, values["cache_dir"].value)
-    made = [dataclasses.asdict(one) | {"index": str(one.index)}
-            for one in build_features(data, recheck=values["recheck"].value)]
-    if report:
-        written.write(report, (json.dumps(made, indent=2, ensure_ascii=False) + "\n").encode())
+    with joined(values):
+        made = [dataclasses.asdict(one) | {"index": str(one.index)}
+                for one in build_features(data, recheck=values["recheck"].value)]
+        if report and is_first():
+            written.write(report, (json.dumps(made, indent=2, ensure_ascii=False) + "\n").encode())
     return 0
 
 
@@ -40,5 +43,6 @@ def _define(values: flags.FlagValues) -> None:
     flags.DEFINE_string("cache_dir", None, "Where features are kept, instead of config.cache.dir.", flag_values=values)
     flags.DEFINE_string("json", None, "A file for the counts, times and skipped samples of each source.",
                         flag_values=values)
+    define_processes(values)
     flags.DEFINE_bool("recheck", False, "Read sources that have not changed, too: every picture is hashed again.",
                       flag_values=values)

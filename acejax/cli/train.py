@@ -6,6 +6,7 @@ import ml_collections
 from absl import flags
 
 from acejax.cli.config import CPU_DEVICES, parse_config
+from acejax.cli.processes import define_processes, joined
 from acejax.errors import UserError
 from acejax.workdir import agree, claim, claim_data, lock
 
@@ -22,12 +23,10 @@ def main(argv: Sequence[str]) -> int:
     workdir = values["workdir"].value
     if workdir is None:
         raise UserError("train: --workdir=DIR is missing")
-    from acejax.parallel import processes
     from acejax.parallel.mesh import split_cpu
 
     split_cpu(values["cpu_devices"].value)
-    joining = {name: values[name].value for name in ("coordinator", "processes", "process", "patience", "silence")}
-    with processes.joined(**joining), lock(workdir):
+    with joined(values), lock(workdir):
         _train(config, workdir, values["profile"].value, values["dump_hlo"].value)
     return 0
 
@@ -67,15 +66,9 @@ def _train(config: ml_collections.ConfigDict, workdir: str, profile: str, dump_h
 def _define(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("cpu_devices", CPU_DEVICES, "Devices that a CPU stands for; a result is repeated with the "
                          "same number.", flag_values=values)
+    define_processes(values)
     flags.DEFINE_string("workdir", None, "Where checkpoints and metrics go.", flag_values=values)
     flags.DEFINE_string("profile", "", "START:STOP: trace these steps into WORKDIR/profile, for TensorBoard, XProf and "
                         "Perfetto.", flag_values=values)
     flags.DEFINE_string("dump_hlo", "", "A folder that gets each compiled step as XLA's text, and the memory it takes.",
                         flag_values=values)
-    flags.DEFINE_string("coordinator", None, "HOST:PORT at which process 0 waits for the others. TPU pods, srun and "
-                        "mpirun need none of these three.", flag_values=values)
-    flags.DEFINE_integer("processes", None, "Processes that train together.", flag_values=values)
-    flags.DEFINE_integer("process", None, "Which one this is, from 0.", flag_values=values)
-    flags.DEFINE_float("patience", 300, "Seconds that all processes have for finding each other.", flag_values=values)
-    flags.DEFINE_float("silence", 60, "Seconds without a sign of life after which a process is given up.",
-                       flag_values=values)

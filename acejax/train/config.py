@@ -218,6 +218,10 @@ class TrainConfig:
         run = cls(**values)
         if run.steps < 1 or run.seed < 0:
             raise UserError(f"config.steps is {run.steps} and config.seed {run.seed}; expected at least 1 and 0")
+        if run.checkpoint.best and (not run.validation.every or run.checkpoint.every % run.validation.every):
+            raise UserError(f"config.checkpoint.every is {run.checkpoint.every} and config.validation.every "
+                            f"{run.validation.every}; expected a multiple of it, as checkpoint.best is "
+                            f"{run.checkpoint.best} and goes by the validation loss")
         split = config.get("data", {}).get("canvas", {}).get("split", CanvasConfig.split)
         if run.model.in_channels not in (64, made := 448 if split else 384):
             raise UserError(f"config.model.in_channels is {run.model.in_channels}; with config.data.canvas.split="

@@ -110,7 +110,7 @@ class CheckpointConfig:
     Attributes:
       every: steps between checkpoints.
       keep: the last so many stay,
-      best: and the so many of least validation loss.
+      best: and the so many of least validation loss, of steps that have one (`validation.every`).
       export_every: steps between exports as safetensors, 0 for none, in
       export_layout: "bfl", "comfy" or "diffusers".
     """
@@ -218,10 +218,6 @@ class TrainConfig:
         run = cls(**values)
         if run.steps < 1 or run.seed < 0:
             raise UserError(f"config.steps is {run.steps} and config.seed {run.seed}; expected at least 1 and 0")
-        if run.checkpoint.best and (not run.validation.every or run.checkpoint.every % run.validation.every):
-            raise UserError(f"config.checkpoint.every is {run.checkpoint.every} and config.validation.every "
-                            f"{run.validation.every}; expected a multiple of it, as checkpoint.best is "
-                            f"{run.checkpoint.best} and goes by the validation loss")
         split = config.get("data", {}).get("canvas", {}).get("split", CanvasConfig.split)
         if run.model.in_channels not in (64, made := 448 if split else 384):
             raise UserError(f"config.model.in_channels is {run.model.in_channels}; with config.data.canvas.split="

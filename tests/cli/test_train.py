@@ -16,6 +16,7 @@ LINE = ["train", "--config=ace_plus_stage2.py", "--config.init_from=", "--config
 
 UNJUDGED = ("--config.validation.every=0", "--config.validation.grid_every=0")
 
+
 @pytest.fixture
 def train(tmp_path, monkeypatch):
     """The command over features with a digest; the streams that the loop was given."""

@@ -157,7 +157,7 @@ def make_columns(work: Work, source: Sequence, config: CanvasConfig, stream: Str
 def stream_of(table: Table) -> Stream:
     """One sample a step, as the released code has it."""
     chosen = buckets.choose(table.tokens)
-    return Stream(table, [Stage(1)], chosen, dict.fromkeys(chosen, 1), seed=0, process=(0, 1))
+    return Stream(table, [Stage(1)], chosen, dict.fromkeys(chosen, 1), seed=0)
 
 
 def make_work(read: Manifest, config: CanvasConfig, stream: Stream, length: int) -> Work:

@@ -142,7 +142,8 @@ def _train(run: TrainConfig, mesh: Mesh, config: ml_collections.ConfigDict, work
                 with watch.meter.aside(state.step):
                     checkpoints.save(done, state, values.get("validation/loss"), _notes(config, stream, done))
             if run.checkpoint.export_every and (done % run.checkpoint.export_every == 0 or done == stop):
-                exports.save(done, state.params if state.ema is None else state.ema)
+                with watch.meter.aside(state.step):
+                    exports.save(done, state.params if state.ema is None else state.ema)
             if leaving:
                 break
     seconds["train"] = watch.seconds

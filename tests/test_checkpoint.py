@@ -188,6 +188,9 @@ def test_weights_of_a_workdir(tmp_path):
     flip(files(tmp_path / "without", 1, "state")[-1])
     with pytest.raises(UserError, match="has other numbers than were saved"):
         checkpoint.load_weights(tmp_path / "without")
+    truncate(tmp_path / "with" / "checkpoints" / "1" / "notes" / "metadata")
+    with pytest.raises(UserError, match=r"checkpoints/1: its notes are damaged \(JSONDecodeError"):
+        checkpoint.load_weights(tmp_path / "with")
 
 
 MEGABYTES, FIXED = count((200, 100), (1000, 0))  # of the state; and what does not grow with it: OCDBT's cache and more

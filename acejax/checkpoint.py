@@ -42,7 +42,7 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: epath.PathLike, keep: int = 2, best: int = 0):
-        self._workdir = epath.Path(workdir).expanduser().resolve()  # Orbax wants absolute paths
+        self._workdir = _absolute(workdir)
         self._folder = self._workdir / "checkpoints"
         self._kept = _Kept(keep, best, {})
         _hush()
@@ -250,6 +250,12 @@ def _sum(leaf: np.ndarray) -> int:
     return total % 2**32
 
 
+def _absolute(path: epath.PathLike) -> epath.Path:
+    """As Orbax wants it; to `resolve`, gs://bucket is a folder of the working directory."""
+    path = epath.Path(path)
+    return path if "://" in str(path) else path.expanduser().resolve()
+
+
 def _notes(step: epath.Path) -> dict[str, Any]:
     """The notes in a step's folder; raises as `Checkpoints.notes`."""
     notes = json.loads((step / "notes" / "metadata").read_text())
@@ -294,7 +300,7 @@ def _hush() -> None:
 
 def save_weights(folder: epath.PathLike, config: Any, params: Any) -> None:
     """Write a model's parameters as an Orbax folder with a `model.json` that says what they are of."""
-    folder = epath.Path(folder).expanduser().resolve()
+    folder = _absolute(folder)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(folder / "params", params)
     note = {"kind": type(config).__name__, "config": dataclasses.asdict(config)}
@@ -307,7 +313,7 @@ def weights_config(path: epath.PathLike) -> Any:
     Raises:
       UserError: as `load_weights`.
     """
-    return _weights(epath.Path(path).expanduser().resolve())[0]
+    return _weights(_absolute(path))[0]
 
 
 def load_weights(path: epath.PathLike, ema: bool = False, place: Callable[[Any], Any] | None = None
@@ -322,7 +328,7 @@ def load_weights(path: epath.PathLike, ema: bool = False, place: Callable[[Any],
     Raises:
       UserError: a note that says no model, no checkpoint, or one that is damaged.
     """
-    config, where, run = _weights(epath.Path(path).expanduser().resolve())
+    config, where, run = _weights(_absolute(path))
     _hush()
     try:
         with ocp.PyTreeCheckpointer() as checkpointer:

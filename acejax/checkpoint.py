@@ -42,7 +42,7 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: epath.PathLike, keep: int = 2, best: int = 0):
-        self._workdir = epath.Path(workdir).expanduser().resolve()  # Orbax wants absolute paths
+        self._workdir = _absolute(workdir)
         self._folder = self._workdir / "checkpoints"
         self._kept = _Kept(keep, best, {})
         _hush()
@@ -62,14 +62,7 @@ class Checkpoints:
         Raises:
           OSError, ValueError: they are damaged.
         """
-        notes = json.loads((self._folder / str(step) / "notes" / "metadata").read_text())
-        try:
-            whole = "score" in notes and all(len(mark) == 2 for mark in notes["checksums"].values())
-        except (AttributeError, KeyError, TypeError):
-            whole = False
-        if not whole:
-            raise ValueError(f"the notes of step {step} are not whole")
-        return notes
+        return _notes(self._folder / str(step))
 
     def save(self, step: int, state: Any, score: float | None = None, notes: dict[str, Any] | None = None) -> None:
         """Begin to save a step, after the one before is written; nothing happens if it is there.
@@ -257,6 +250,24 @@ def _sum(leaf: np.ndarray) -> int:
     return total % 2**32
 
 
+def _absolute(path: epath.PathLike) -> epath.Path:
+    """As Orbax wants it; to `resolve`, gs://bucket is a folder of the working directory."""
+    path = epath.Path(path)
+    return path if "://" in str(path) else path.expanduser().resolve()
+
+
+def _notes(step: epath.Path) -> dict[str, Any]:
+    """The notes in a step's folder; raises as `Checkpoints.notes`."""
+    notes = json.loads((step / "notes" / "metadata").read_text())
+    try:
+        whole = "score" in notes and all(len(mark) == 2 for mark in notes["checksums"].values())
+    except (AttributeError, KeyError, TypeError):
+        whole = False
+    if not whole:
+        raise ValueError(f"the notes of step {step.name} are not whole")
+    return notes
+
+
 def _by_path(tree: Any) -> dict[str, Any]:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf
             for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
@@ -289,7 +300,7 @@ def _hush() -> None:
 
 def save_weights(folder: epath.PathLike, config: Any, params: Any) -> None:
     """Write a model's parameters as an Orbax folder with a `model.json` that says what they are of."""
-    folder = epath.Path(folder).expanduser().resolve()
+    folder = _absolute(folder)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(folder / "params", params)
     note = {"kind": type(config).__name__, "config": dataclasses.asdict(config)}
@@ -302,7 +313,7 @@ def weights_config(path: epath.PathLike) -> Any:
     Raises:
       UserError: as `load_weights`.
     """
-    return _weights(epath.Path(path).expanduser().resolve())[0]
+    return _weights(_absolute(path))[0]
 
 
 def load_weights(path: epath.PathLike, ema: bool = False, place: Callable[[Any], Any] | None = None
@@ -317,7 +328,7 @@ def load_weights(path: epath.PathLike, ema: bool = False, place: Callable[[Any],
     Raises:
       UserError: a note that says no model, no checkpoint, or one that is damaged.
     """
-    config, where, run = _weights(epath.Path(path).expanduser().resolve())
+    config, where, run = _weights(_absolute(path))
     _hush()
     try:
         with ocp.PyTreeCheckpointer() as checkpointer:
@@ -335,10 +346,13 @@ def load_weights(path: epath.PathLike, ema: bool = False, place: Callable[[Any],
         raise UserError(f"{where}: cannot be read as an Orbax checkpoint ({type(error).__name__})") from None
     if not run:
         return config, restored
-    saved = json.loads((where.parent / "notes" / "metadata").read_text())["checksums"]
+    try:
+        saved = _notes(where.parent)["checksums"]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{where.parent}: its notes are damaged ({_reason(error)})") from None
     found = _checksums(restored) if place else {
         path: [str(leaf.dtype), _sum(leaf)] for path, leaf in _by_path(restored).items()}
-    if wrong := [path for path, value in found.items() if saved[path] != value]:
+    if wrong := [path for path, value in found.items() if saved.get(path) != value]:
         raise UserError(f"{where}: {wrong[0]} has other numbers than were saved")
     return config, restored[name]
 

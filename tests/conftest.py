@@ -6,6 +6,8 @@ JAX_PLATFORMS can be set from outside, to run the same tests on an accelerator.
 import os
 import pathlib
 
+from tests.bucket import bucket  # noqa: F401 - a fixture
+
 _CACHE = pathlib.Path(__file__).parents[1] / ".cache" / "jax"
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")

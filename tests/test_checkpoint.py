@@ -6,6 +6,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import types
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ import pytest
 
 from acejax import UserError, checkpoint
 from acejax.checkpoint import Checkpoints
+from acejax.model.config import MMDiTConfig
 from tests.counts import count
 
 
@@ -188,6 +190,9 @@ def test_weights_of_a_workdir(tmp_path):
     flip(files(tmp_path / "without", 1, "state")[-1])
     with pytest.raises(UserError, match="has other numbers than were saved"):
         checkpoint.load_weights(tmp_path / "without")
+    truncate(tmp_path / "with" / "checkpoints" / "1" / "notes" / "metadata")
+    with pytest.raises(UserError, match=r"checkpoints/1: its notes are damaged \(JSONDecodeError"):
+        checkpoint.load_weights(tmp_path / "with")
 
 
 MEGABYTES, FIXED = count((200, 100), (1000, 0))  # of the state; and what does not grow with it: OCDBT's cache and more
@@ -214,3 +219,15 @@ def test_memory(big):
     for dtype in count(("bfloat16",), ("bfloat16", "float32")):
         found = measured(big, dtype)
         assert found["restore"] < found["state"] + saved["state"] + FIXED * 10**6, dtype
+
+
+def test_a_bucket_is_no_folder_here(bucket, monkeypatch):
+    """What Orbax is told; how it writes to a bucket itself can't be seen without one."""
+    monkeypatch.setattr(checkpoint, "_Manager", lambda folder, options: types.SimpleNamespace(
+        folder=folder, all_steps=lambda: ()))
+    assert str(Checkpoints("gs://pictures/run")._manager.folder) == "gs://pictures/run/checkpoints"
+    run = bucket / "run"
+    (run / "checkpoints" / "1" / "state").mkdir(parents=True)
+    (run / "checkpoints" / "1" / "state" / "_METADATA").write_text("{}")
+    (run / "config.json").write_text(json.dumps({"model": dataclasses.asdict(MMDiTConfig.tiny())}))
+    assert checkpoint.weights_config("gs://pictures/run") == MMDiTConfig.tiny()

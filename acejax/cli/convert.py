@@ -124,7 +124,7 @@ def _convert(path: pathlib.Path, target: pathlib.Path, args: argparse.Namespace)
     if exists(path / "model.json") or exists(path / "config.json") and exists(path / "checkpoints"):
         from acejax import checkpoint  # Orbax takes a second to import
 
-        model = convert.of_tree(path, *checkpoint.load_weights(path))
+        model = convert.of_tree(path, *checkpoint.load_weights(path, ema=not args.raw))
         return _convert_model(identify.grown(model, grow) if grow else model, target, args)
     found = pickles.open_pickle(path) if path.suffix in PICKLES else open_source(path)
     if lora_formats.is_lora(found.tensors):

@@ -47,7 +47,7 @@ def _train(config: ml_collections.ConfigDict, workdir: str, profile: str, dump_h
         from acejax.data import inputs
         from acejax.data.config import DataConfig
         data = DataConfig.of(config)
-        run, mesh = loop.check(config)
+        run, mesh = loop.check(config, workdir)
         inputs.check(data, mesh, run.optimizer.accumulate)
         agree(workdir, config.to_dict(), loop.FREE)
         features = inputs.make_features(data, model=run.model)

@@ -51,13 +51,13 @@ TEST_SEED = 1_000_000  # the test pictures are the same for every seed
 FIT_PICTURES = 1500  # that the autoencoder is fitted to
 
 
-def check(config: ml_collections.ConfigDict) -> tuple[TrainConfig, Mesh]:
+def check(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> tuple[TrainConfig, Mesh]:
     """What the built-in pictures ask of a config; nothing is written. Returns the run and its mesh.
 
     Raises:
       UserError: as `acejax.train.loop.check`, or data, stages, evaluation or text sizes that can't be.
     """
-    run, mesh = loop.check(config)
+    run, mesh = loop.check(config, workdir)
     stages = read_stages(config, ("demo",))
     if config.data.source != "demo":
         raise UserError(f"config.data.source is {config.data.source!r}; so far there is 'demo', the built-in pictures")
@@ -81,7 +81,7 @@ def prepare(config: ml_collections.ConfigDict, workdir: epath.PathLike
     Raises:
       UserError: as `check` and `acejax.train.loop.check`, or a workdir of another config.
     """
-    run, mesh = check(config)
+    run, mesh = check(config, workdir)
     claim(workdir, config.to_dict(), loop.FREE)
     processes.say("writing the pictures, fitting the autoencoder, encoding ...")
     with processes.first_alone("dataset"):

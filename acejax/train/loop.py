@@ -38,8 +38,10 @@ FREE = ("execution", "mesh", "reading", "watch", "checkpoint",  # how, not what
         "encoders.autoencoder", "encoders.t5", "encoders.clip", "encoders.tokenizers")
 
 
-def check(config: ml_collections.ConfigDict) -> tuple[TrainConfig, Mesh]:
+def check(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> tuple[TrainConfig, Mesh]:
     """What can be wrong with a run before it starts; nothing is written.
+
+    A run that has checkpoints needs the weights no more that it began with.
 
     Raises:
       UserError: as `TrainConfig.of`, a mesh or batch size that can't be, or weights to start from that do not fit.
@@ -49,9 +51,14 @@ def check(config: ml_collections.ConfigDict) -> tuple[TrainConfig, Mesh]:
     rules.check_heads(mesh, run.model.num_heads)
     for _, size in config.get("data", {}).get("batch_sizes", ()):
         rules.check_batch(mesh, size, run.optimizer.accumulate)
-    if run.init_from:
+    if run.init_from and not _begun(workdir):
         check_start(run.init_from, run.model)
     return run, mesh
+
+
+def _begun(workdir: epath.PathLike) -> bool:
+    folder = epath.Path(workdir) / "checkpoints"
+    return folder.exists() and any(path.name.isdigit() for path in folder.iterdir())
 
 
 def train(config: ml_collections.ConfigDict, workdir: epath.PathLike, stream: Stream,
@@ -77,7 +84,7 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike, stream: St
         export that can't be written.
       Preempted: SIGTERM reached a process of the run; the step is saved.
     """
-    run, mesh = check(config)
+    run, mesh = check(config, workdir)
     with Preemption() as preemption:
         return _train(run, mesh, config, workdir, stream, until, preemption, held_out, profile, dump_hlo)
 
@@ -142,7 +149,8 @@ def _train(run: TrainConfig, mesh: Mesh, config: ml_collections.ConfigDict, work
                 with watch.meter.aside(state.step):
                     checkpoints.save(done, state, values.get("validation/loss"), _notes(config, stream, done))
             if run.checkpoint.export_every and (done % run.checkpoint.export_every == 0 or done == stop):
-                exports.save(done, state.params if state.ema is None else state.ema)
+                with watch.meter.aside(state.step):
+                    exports.save(done, state.params if state.ema is None else state.ema)
             if leaving:
                 break
     seconds["train"] = watch.seconds

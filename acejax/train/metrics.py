@@ -91,8 +91,12 @@ class Writer:
         """A line: what was found at a step."""
         if self._board is None:
             return
-        with self._path.open("a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+        line = json.dumps({"step": step, **values}) + "\n"
+        if "://" in str(self._path):  # an object store appends nothing: it would be this line alone
+            self._path.write_text(self._path.read_text() + line)
+        else:
+            with self._path.open("a") as file:
+                file.write(line)
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
 

@@ -80,7 +80,7 @@ def compile_step(run: TrainConfig, samples: int, image: int, text: int) -> Compi
     batch = abstract_batch(run.model, samples, image, text)
     state, batch = _place(state, placed), _place(batch, dict.fromkeys(batch, rules.batch_sharding(mesh)))
     step = jax.jit(functools.partial(train_step, setting=setting, optimizer=optimizer), donate_argnums=0,
-                   out_shardings=(placed, None))
+                   out_shardings=(placed, placed.step))
     started = time.perf_counter()
     compiled = step.lower(state, batch).compile(OPTIONS if jax.default_backend() == "cpu" else None)
     seconds = time.perf_counter() - started

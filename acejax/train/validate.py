@@ -103,7 +103,8 @@ class Validation:
                  batch_sizes: Mapping[int, int], seed: int):
         most = int(held_out.table.references.max())  # training may have fewer
         setting = dataclasses.replace(setting, references=max(setting.references, most))
-        held = Held(held_out.table, mesh, batch_sizes, seed)
+        parts = {bucket: size // setting.accumulate for bucket, size in batch_sizes.items()}  # what training computes
+        held = Held(held_out.table, mesh, parts, seed)
         self.losses = Losses(setting, held, config.sigmas, mesh)
         self._samples = None if held_out.decode is None else Samples(
             setting, held, config.grid, config.steps, config.guidance, mesh, held_out.decode, held_out.prompt)

@@ -15,9 +15,14 @@ from acejax.train.optimizer import learning_rate
 from acejax.train.step import TrainState
 from acejax.train.validate import Validation
 
+AHEAD = 2  # steps that are sent off before their devices have come to them
+
 
 class Watch:
     """Sees every step; nothing is fetched from the devices but where a report is due.
+
+    The host stays close to the devices: what is sent off can't be taken back when the machine is, and its batches take
+    memory.
 
     Args:
       run: of which `watch` and `validation` say what is due when.
@@ -43,6 +48,7 @@ class Watch:
     def step(self, metrics: dict[str, jax.Array], batch: Batch, rows: int) -> None:
         """A step has been sent off: what it will tell, this process's part of its batch, and the samples of it all."""
         self._waiting.append(metrics)
+        jax.block_until_ready(self._waiting[:-AHEAD][-1:])
         self.meter.add(rows, batch.arrays["text"].shape[1], batch.bucket, batch.arrays["lengths"])
 
     def report(self, done: int, state: TrainState, last: bool = False) -> dict[str, float]:

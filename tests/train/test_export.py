@@ -1,10 +1,15 @@
 """Weights as safetensors while a run goes on."""
 
+import dataclasses
+import json
+
 import jax
 import numpy as np
 import pytest
 
 import acejax
+from acejax.checkpoint import Checkpoints
+from acejax.cli import convert
 from acejax.model.mmdit import init
 from acejax.train import export
 from acejax.train.export import Exports
@@ -34,6 +39,19 @@ def test_an_export_loads_as_what_was_trained(small, tmp_path, monkeypatch, layou
     assert all(key.startswith(keymaps.COMFY) for key in open_source(path).tensors) == (layout == "comfy")
     _, loaded = acejax.load_mmdit(path, config)
     jax.tree.map(np.testing.assert_array_equal, loaded, params)
+
+
+def test_a_workdir_gives_its_averages(small, tmp_path):
+    config, params = small
+    (tmp_path / "config.json").write_text(json.dumps({"model": dataclasses.asdict(config)}))
+    averages = jax.tree.map(np.negative, params)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, {"params": params, "ema": averages})
+    checkpoints.close()
+    for name, flags, expected in ("ema", [], averages), ("raw", ["--raw"], params):
+        target = tmp_path / f"{name}.safetensors"
+        assert convert.main([str(tmp_path), str(target), "--to", "bfl", *flags]) == 0
+        jax.tree.map(np.testing.assert_array_equal, acejax.load_mmdit(target, config)[1], expected)
 
 
 def test_an_export_that_cannot_be_written_is_told(small, tmp_path):

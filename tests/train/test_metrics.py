@@ -3,7 +3,9 @@ import json
 import jax
 import numpy as np
 import pytest
+import tensorboardX
 from PIL import Image
+from tensorboardX import SummaryWriter
 
 from acejax import UserError
 from acejax.model import flops
@@ -112,6 +114,17 @@ def test_a_resumed_log_goes_on_at_its_step(tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 3, 4] and lines[3]["validation/loss"] == 5
     assert Writer(tmp_path, 1).seconds == 10
+
+
+def test_a_log_in_a_bucket_keeps_its_lines(bucket, tmp_path, monkeypatch):
+    monkeypatch.setattr(tensorboardX, "SummaryWriter", lambda folder, **kwargs: SummaryWriter(str(tmp_path), **kwargs))
+    first = Writer(bucket / "run", 0)
+    for number in (1, 2, 3):
+        first.write(number, {"loss": float(number), "seconds": 10.0 * number})
+    again = Writer(bucket / "run", 2)
+    again.write(3, {"loss": 4.0})
+    lines = (bucket / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["loss"] for line in lines] == [1, 2, 4]
 
 
 def test_a_grid_is_a_png_and_in_tensorboard(tmp_path):

@@ -1,6 +1,7 @@
 """Weights to start from: every kind of source, grown without a change of the velocity."""
 
 import dataclasses
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -52,15 +53,19 @@ def test_growth_leaves_the_first_velocity(text_to_image, source, channels):
 
 def test_a_run_starts_from_it(text_to_image, tmp_path):
     """Its first loss is the small model's; then it learns from what only the grown one sees."""
-    config, small = make_config(), make_config()
+    config, small, weights = make_config(), make_config(), tmp_path / "dev.safetensors"
+    shutil.copy(text_to_image / "dev.safetensors", weights)
     small.model.in_channels = 64
     for one in (config, small):
-        one.init_from = str(text_to_image / "dev.safetensors")
+        one.init_from = str(weights)
     state, _ = train(config, tmp_path / "grown", make_stream(), until=2)
     train(small, tmp_path / "small", make_stream(), until=2)
     grown, before = losses(tmp_path / "grown"), losses(tmp_path / "small")
     np.testing.assert_allclose(grown[0], before[0], rtol=1e-6)
     assert grown[1] != before[1] and np.asarray(state.params["img_in"]["kernel"][64:]).any()
+    weights.unlink()  # a run that goes on has its own
+    train(config, tmp_path / "grown", make_stream(), until=3)
+    assert losses(tmp_path / "grown")[:2] == grown
 
 
 def test_what_does_not_fit_is_told_before_the_start(text_to_image, tmp_path):

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import json
 import os
@@ -16,9 +17,10 @@ from acejax.model.config import Execution, MMDiTConfig
 from acejax.model.mmdit import init
 from acejax.parallel import rules
 from acejax.parallel.mesh import make_mesh
+from acejax.train.config import ValidationConfig
 from acejax.train.held import Held
 from acejax.train.step import StepConfig, velocity_errors
-from acejax.train.validate import Losses
+from acejax.train.validate import HeldOut, Losses, Validation
 from tests.train.small import SIZES, Table, make_config
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -129,6 +131,14 @@ def test_batches_and_padding_do_not_count():
     for other in (small, backwards):
         assert other.keys() == once().keys()
         np.testing.assert_allclose([other[name] for name in once()], [*once().values()], rtol=1e-5)
+
+
+def test_a_batch_is_no_larger_than_what_training_computes_at_once():
+    mesh, held_out = make_mesh({"data": 1}, jax.devices()[:1]), HeldOut(hold_out(Table(), 4, 0)[1])
+    for accumulate, largest in (1, 8), (4, 2):
+        step = dataclasses.replace(setting(mesh), accumulate=accumulate)
+        found = Validation(step, ValidationConfig(), held_out, mesh, {4: 8, 8: 8, 12: 8}, 0)
+        assert max(batch.size for batch in found.losses._batches) == largest
 
 
 def test_a_table_that_lacks_a_part_does_not_report_it():

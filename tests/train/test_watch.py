@@ -13,9 +13,11 @@ from acejax.data.schedule import Stage
 from acejax.data.stream import Stream
 from acejax.data.subset import hold_out
 from acejax.train import profile
+from acejax.train.config import TrainConfig
 from acejax.train.loop import train
 from acejax.train.profile import Profiler
 from acejax.train.validate import HeldOut
+from acejax.train.watch import Watch
 from tests.train.small import Table, make_config
 from tests.train.test_samples import decode
 
@@ -104,6 +106,16 @@ def test_the_window_of_a_resumed_run(tmp_path, monkeypatch, capsys):
 def test_a_window_that_is_none(tmp_path, window):
     with pytest.raises(UserError, match=f"--profile={window}: expected START:STOP"):
         Profiler(tmp_path, window)
+
+
+def test_the_host_stays_close_to_the_devices(tmp_path, monkeypatch):
+    """A step is sent off when the one `AHEAD` before it is done."""
+    config, (stream, _), waited = TrainConfig.of(watched()), inputs(), []
+    seen = Watch(config, tmp_path, stream.tasks)
+    monkeypatch.setattr(jax, "block_until_ready", waited.append)
+    for step in range(4):
+        seen.step({"loss": step}, stream[step], 8)
+    assert waited == [[], [], [{"loss": 0}], [{"loss": 1}]]
 
 
 def test_bad_steps_stop_a_run_and_leave_its_checkpoint_whole(tmp_path):

@@ -21,7 +21,7 @@ class Bucket(MemoryFileSystem):
 
     def _open(self, path, mode="rb", **kwargs):
         if mode != "rb":
-            return super()._open(path, mode, **kwargs)
+            return super()._open(path, mode.replace("a", "w"), **kwargs)  # as gcsfs: a bucket appends nothing
         if self._strip_protocol(path) not in self.store:  # a bucket has no folders to open
             raise FileNotFoundError(path)
         return io.BytesIO(self.store[self._strip_protocol(path)].getvalue())  # fsspec's own is one for all readers

@@ -1,10 +1,12 @@
 """A run's folder belongs to one config, one data set, and one run at a time."""
 
+import _thread
 import contextlib
 import fcntl
 import json
 import os
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -145,6 +147,10 @@ def _lease(workdir: epath.Path, refresh: float = REFRESH) -> Iterator[None]:
 
     def refreshing() -> None:
         while not stop.wait(refresh):
+            if (owner := _owner(path)) and owner != me:  # this run was silent for so long that another took it for dead
+                print(f"acejax: {_taken(workdir, path)}", file=sys.stderr, flush=True)
+                _thread.interrupt_main()
+                return
             with contextlib.suppress(UserError):  # the store may be away for a while; saving will tell
                 sign()
 
@@ -155,7 +161,8 @@ def _lease(workdir: epath.Path, refresh: float = REFRESH) -> Iterator[None]:
     finally:
         stop.set()
         thread.join()
-        path.unlink(missing_ok=True)
+        if _owner(path) == me:
+            path.unlink(missing_ok=True)
 
 
 def _me() -> dict[str, Any]:

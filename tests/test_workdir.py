@@ -82,6 +82,16 @@ def test_a_dead_runs_lease_is_taken_over(tmp_path):
         assert json.loads((place / workdir.LOCK).read_text())["pid"] == os.getpid()
 
 
+def test_a_run_whose_lease_was_taken_over_stops(tmp_path, capfd):
+    """It was silent for so long that another run took it for dead: it neither signs nor removes the other's lease."""
+    place, other = tmp_path / "run", {"host": "elsewhere", "pid": 1, "since": "now", "beat": 1}
+    with pytest.raises(KeyboardInterrupt), workdir._lease(place, 0.2):
+        (place / workdir.LOCK).write_text(json.dumps(other))
+        time.sleep(10)
+    assert json.loads((place / workdir.LOCK).read_text()) == other
+    assert "is in use by process 1 on elsewhere" in capfd.readouterr().err
+
+
 def test_two_leases_at_once(tmp_path, monkeypatch):
     """Both find none: at most one goes on."""
     place, entered = epath.Path(tmp_path), []

@@ -5,6 +5,7 @@ import contextlib
 import functools
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,19 +16,18 @@ from tqdm import tqdm
 
 from acejax.checkpoint import Checkpoints
 from acejax.data.stream import Stream
-from acejax.model.config import Execution
 from acejax.parallel import batch as batches
 from acejax.parallel import mesh as meshes
 from acejax.parallel import processes, rules
 from acejax.parallel.chips import chip_of
 from acejax.train.config import TrainConfig
 from acejax.train.export import Exports
-from acejax.train.optimizer import make_optimizer
 from acejax.train.plan import plan
 from acejax.train.preemption import Preempted, Preemption
 from acejax.train.profile import Profiler, write_hlo
-from acejax.train.start import check_start, load_start
-from acejax.train.step import StepConfig, TrainState, init_state, train_step
+from acejax.train.program import Program
+from acejax.train.start import check_start
+from acejax.train.step import TrainState
 from acejax.train.validate import HeldOut, Validation
 from acejax.train.watch import Watch
 from acejax.workdir import claim
@@ -95,21 +95,16 @@ def _train(run: TrainConfig, mesh: Mesh, config: ml_collections.ConfigDict, work
     for bucket in stream.batch_sizes:
         rules.check_tokens(mesh, "a bucket of images", bucket)
     claim(workdir, config.to_dict(), FREE)
-    how = run.execution
-    setting = run.setting(Execution(how.dtype, how.attention, how.remat, rules.constrain(mesh), rules.share(mesh)),
-                          stream.references, len(stream.tasks))
-    optimizer = make_optimizer(run.optimizer, run.steps)
+    program = Program.of(run, mesh, stream.references, len(stream.tasks))
     started = time.time()
-    abstract = jax.eval_shape(functools.partial(init_state, setting, optimizer))
-    placement = rules.shardings(abstract, mesh)
     checkpoints = Checkpoints(workdir, run.checkpoint.keep, run.checkpoint.best)
-    like = jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-                        abstract, placement)
-    if restored := checkpoints.restore(like):
+    if restored := checkpoints.restore(program.state):
         start, state = restored
         processes.say(f"resuming {workdir} at step {start}")
     else:
-        state, start = _begin(run, mesh, setting, optimizer, placement), 0
+        if run.init_from:
+            processes.say(f"starting from {run.init_from}")
+        start, state = 0, program.begin()
 
     stream = stream.share(batches.parts_of(mesh), rules.batch_parts(mesh))
     put = functools.partial(batches.to_mesh, mesh)
@@ -118,14 +113,13 @@ def _train(run: TrainConfig, mesh: Mesh, config: ml_collections.ConfigDict, work
     if start < stop:
         examples = stream.examples(start, stop)
         processes.say(_plan(run, stream, examples))
-        compiled = _compile(state, {bucket: put(batch) for bucket, batch in examples.items()}, placement, setting,
-                            optimizer)
-    for bucket, program in compiled.items() if dump_hlo else ():
-        write_hlo(dump_hlo, f"train_step_{bucket}_tokens", program)
+        compiled = _compile(program, {bucket: put(batch) for bucket, batch in examples.items()})
+    for bucket, step in compiled.items() if dump_hlo else ():
+        write_hlo(dump_hlo, f"train_step_{bucket}_tokens", step)
     seconds = {"compile": time.time() - started}
 
-    validation = None if held_out is None else Validation(setting, run.validation, held_out, mesh, stream.batch_sizes,
-                                                          run.seed)
+    validation = None if held_out is None else Validation(program.setting, run.validation, held_out, mesh,
+                                                          stream.batch_sizes, run.seed)
     watch = Watch(run, workdir, stream.tasks, start, int(state.skipped), validation)
     profiler = Profiler(workdir, profile, start)
     exports = Exports(workdir, run.model, run.checkpoint.export_layout)
@@ -142,7 +136,7 @@ def _train(run: TrainConfig, mesh: Mesh, config: ml_collections.ConfigDict, work
             done = step + 1
             profiler.after(done, metrics)
             leaving = preemption.reached(done)
-            values = watch.report(done, state, last=leaving or done == stop)
+            values = watch.report(done, state, last=leaving or done == stop, judge=not leaving)
             _show(bar, done, stop, values)
             checkpoints.check()
             if done % run.checkpoint.every == 0 or done == stop or leaving:
@@ -158,15 +152,6 @@ def _train(run: TrainConfig, mesh: Mesh, config: ml_collections.ConfigDict, work
         processes.say(f"preempted: step {done} is saved; the same command goes on from there")
         raise Preempted(done)
     return state, seconds
-
-
-def _begin(run: TrainConfig, mesh: Mesh, setting: StepConfig, optimizer, placement: TrainState) -> TrainState:
-    """The state before the first step, on the mesh."""
-    if not run.init_from:
-        return jax.jit(init_state, static_argnums=(0, 1), out_shardings=placement)(setting, optimizer)
-    processes.say(f"starting from {run.init_from}")
-    begin = jax.jit(init_state, static_argnums=(0, 1), out_shardings=placement, donate_argnums=2)
-    return begin(setting, optimizer, load_start(run.init_from, run.model, mesh))
 
 
 def _show(bar: tqdm, done: int, stop: int, values: dict[str, float]) -> None:
@@ -194,11 +179,9 @@ def _plan(run: TrainConfig, stream: Stream, examples: dict[int, dict[str, Any]])
     return plan(run, buckets, text, chip_of(jax.devices()[0]), jax.device_count()).line()
 
 
-def _compile(state: Any, examples: dict[int, dict[str, Any]], placement, setting: StepConfig, optimizer) -> dict:
+def _compile(program: Program, examples: dict[int, dict[str, Any]]) -> dict[int, Callable]:
     """One compiled step for each bucket that the run will meet, made side by side."""
-    step = jax.jit(functools.partial(train_step, setting=setting, optimizer=optimizer), donate_argnums=0,
-                   out_shardings=(placement, placement.step))  # metrics lie everywhere, as the step
     processes.say(f"compiling the training step for {len(examples)} numbers of tokens ...")
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        lowered = {bucket: step.lower(state, batch) for bucket, batch in examples.items()}
+        lowered = {bucket: program.step.lower(program.state, batch) for bucket, batch in examples.items()}
         return dict(zip(lowered, pool.map(lambda low: low.compile(), lowered.values()), strict=True))

@@ -36,6 +36,7 @@ from etils import epath
 from PIL import Image
 
 from acejax.data import written
+from acejax.errors import UserError
 
 Metrics = Mapping[str, np.ndarray]
 
@@ -88,15 +89,22 @@ class Writer:
         self._board = SummaryWriter(str(workdir), purge_step=step + 1)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """A line: what was found at a step."""
+        """A line: what was found at a step.
+
+        Raises:
+          UserError: it can't be written.
+        """
         if self._board is None:
             return
         line = json.dumps({"step": step, **values}) + "\n"
-        if "://" in str(self._path):  # an object store appends nothing: it would be this line alone
-            self._path.write_text(self._path.read_text() + line)
-        else:
-            with self._path.open("a") as file:
-                file.write(line)
+        try:
+            if "://" in str(self._path):  # an object store appends nothing: it would be this line alone
+                self._path.write_text(self._path.read_text() + line)
+            else:
+                with self._path.open("a") as file:
+                    file.write(line)
+        except OSError as error:
+            raise UserError(f"{self._path} cannot be written: {error}") from error
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
 

@@ -6,7 +6,6 @@ On virtual CPU devices this is the program that an accelerator would run, but fo
 
 import collections
 import dataclasses
-import functools
 import re
 import time
 from collections.abc import Set
@@ -15,12 +14,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from acejax.model.config import Execution, MMDiTConfig
+from acejax.model.config import MMDiTConfig
 from acejax.parallel import mesh as meshes
 from acejax.parallel import rules
 from acejax.train.config import TrainConfig
-from acejax.train.optimizer import make_optimizer
-from acejax.train.step import init_state, train_step
+from acejax.train.program import Program, place
 
 # A CPU multiplies bfloat16 matrices in float32, and XLA's loop-invariant code motion then converts what all layers have
 # saved ahead of the scan; no other backend has that. Its scheduler starts what can run beside each other, where those
@@ -71,27 +69,15 @@ def compile_step(run: TrainConfig, samples: int, image: int, text: int) -> Compi
     """
     mesh = meshes.make_mesh(run.mesh)
     rules.check_batch(mesh, samples, run.optimizer.accumulate)
-    how = run.execution
-    setting = run.setting(Execution(how.dtype, how.attention, how.remat, rules.constrain(mesh), rules.share(mesh)),
-                          references=1, tasks=8)
-    optimizer = make_optimizer(run.optimizer, run.steps)
-    state = jax.eval_shape(functools.partial(init_state, setting, optimizer))
-    placed = rules.shardings(state, mesh)
-    batch = abstract_batch(run.model, samples, image, text)
-    state, batch = _place(state, placed), _place(batch, dict.fromkeys(batch, rules.batch_sharding(mesh)))
-    step = jax.jit(functools.partial(train_step, setting=setting, optimizer=optimizer), donate_argnums=0,
-                   out_shardings=(placed, placed.step))
+    program, batch = Program.of(run, mesh, references=1, tasks=8), abstract_batch(run.model, samples, image, text)
+    batch = place(batch, dict.fromkeys(batch, rules.batch_sharding(mesh)))
     started = time.perf_counter()
-    compiled = step.lower(state, batch).compile(OPTIONS if jax.default_backend() == "cpu" else None)
+    compiled = program.step.lower(program.state, batch).compile(OPTIONS if jax.default_backend() == "cpu" else None)
     seconds = time.perf_counter() - started
     memory, hlo = compiled.memory_analysis(), compiled.as_text()
-    part = samples // run.optimizer.accumulate
-    return Compiled(memory.argument_size_in_bytes, memory.temp_size_in_bytes, seconds, stack_gathers(hlo, state.params),
-                    repeated_reductions(hlo, state.params, {samples, part, image, text, image + text}))
-
-
-def _place(tree: Any, places: Any) -> Any:
-    return jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), tree, places)
+    params, part = program.state.params, samples // run.optimizer.accumulate
+    return Compiled(memory.argument_size_in_bytes, memory.temp_size_in_bytes, seconds, stack_gathers(hlo, params),
+                    repeated_reductions(hlo, params, {samples, part, image, text, image + text}))
 
 
 def stack_gathers(hlo: str, params: Any) -> tuple[str, ...]:

@@ -51,8 +51,9 @@ class Watch:
         jax.block_until_ready(self._waiting[:-AHEAD][-1:])
         self.meter.add(rows, batch.arrays["text"].shape[1], batch.bucket, batch.arrays["lengths"])
 
-    def report(self, done: int, state: TrainState, last: bool = False) -> dict[str, float]:
+    def report(self, done: int, state: TrainState, last: bool = False, judge: bool = True) -> dict[str, float]:
         """Write down what is due after `done` steps; `last` asks for an interval's averages, as the run stops there.
+        Without `judge` nothing is validated: a machine that is wanted back leaves no time.
 
         Returns:
           What was written, by name (`acejax.train.metrics`).
@@ -66,7 +67,7 @@ class Watch:
             values |= summarize(steps, self._tasks) | {"learning_rate": float(self._rate(done - 1))}
             values |= self.meter.read() | memory() | {"seconds": self.seconds}
             self._bad.look(steps, done)
-        if self._validation is not None:
+        if self._validation is not None and judge:
             values |= self._validate(done, state.params if state.ema is None else state.ema, state.step)
         if values:
             self._writer.write(done, values)

@@ -44,6 +44,8 @@ def fetch(text: str) -> pathlib.Path:
         raise UserError(f"{text}: no such path here, and the hub cannot be reached ({_line(error)})") from None
     except (errors.RepositoryNotFoundError, errors.EntryNotFoundError, errors.HFValidationError, OSError) as error:
         raise UserError(f"{text}: neither a path here nor on the hub ({_line(error)})") from None
+    except Exception as error:  # whatever the hub's HTTP library makes of a network that is not there
+        raise UserError(f"{text}: no such path here, and the hub cannot be reached ({_line(error)})") from None
 
 
 def _line(error: Exception) -> str:

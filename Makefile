@@ -1,5 +1,6 @@
 # make demo   train the tiny ACE++ on real photos and let it edit them (STEPS=, SEED= change the run)
-# make test   lint and the tests in small counts;  make soak  three demos and the tests in full counts
+# make test   lint and the tests in small counts, without those of several processes and kills (.ci/run has them)
+# make soak   three demos, the stages, plans, and all tests in full counts
 # Each makes .venv and installs what it needs; the install is skipped while pyproject.toml is unchanged.
 
 PYTHON ?= python3
@@ -11,6 +12,7 @@ QUICK := --quiet --no-compile
 DEMO_DIR ?= runs/demo
 DEMO_FLAGS = --workdir=$(DEMO_DIR) $(if $(STEPS),--config.steps=$(STEPS)) $(if $(SEED),--config.seed=$(SEED))
 COUNTS ?= small
+LONG := $(if $(filter full,$(COUNTS)),,-m "not long")
 JAX ?=
 PYTEST_FLAGS ?=
 
@@ -29,7 +31,7 @@ demo: $(VENV)/.python $(VENV)/.demo
 	$(BIN)/acejax demo $(DEMO_FLAGS) --setup_seconds=$$(awk '{ sum += $$1 } END { print sum }' $^)
 
 test: lint
-	ACEJAX_TEST_COUNTS=$(COUNTS) $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder $(PYTEST_FLAGS)
+	ACEJAX_TEST_COUNTS=$(COUNTS) $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder $(LONG) $(PYTEST_FLAGS)
 
 soak:
 	benchmarks/soak.sh

@@ -16,7 +16,8 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 # Tests compile many programs and run each a few times: LLVM need not try hard. A test may set its own.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
-LONGEST = ("train/test_loop.py", "demo/test_job.py")  # first, so that no process is left alone with them at the end
+# First, so that no process is left alone with them at the end.
+LONGEST = ("train/test_loop.py", "demo/test_job.py", "train/test_meshes.py", "train/test_validate.py")
 
 
 def pytest_collection_modifyitems(items):

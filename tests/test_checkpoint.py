@@ -211,6 +211,7 @@ def measured(big: pathlib.Path, order: str) -> dict[str, int]:
     return json.loads(done.stdout)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not pathlib.Path("/proc/self/clear_refs").exists(), reason="only Linux tells the peak")
 def test_memory(big):
     """Saving takes a copy of the state; restoring on another mesh, in another dtype, no more than one besides it."""

@@ -47,6 +47,7 @@ def test_mistakes(flags, message, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("flags", count([[]], [[], ["--config.mesh.data=2"], ["--config.optimizer.accumulate=2"],
                                               ["--config.mesh.seq=2"]]))
 def test_the_plan_is_that_of_the_compiled_step(flags, capfd):

@@ -17,6 +17,7 @@ from tests.train.killed import EVERY, Run
 ROOT = pathlib.Path(__file__).parents[2]
 
 
+@pytest.mark.long
 def test_a_disk_that_fills_up_while_saving(tmp_path):
     """The run ends with one line that names the safe step; from there the same command goes on."""
     run = Run(tmp_path / "run", fault="disk")

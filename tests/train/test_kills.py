@@ -13,6 +13,8 @@ from tests.counts import COUNTS, count
 from tests.train.killed import EVERY, STEPS, Run
 from tests.train.small import losses
 
+pytestmark = pytest.mark.long
+
 KILLS = count(1, 20)  # at a moment of the whole run's wall time
 SAVES = count((30,), (20, 30, 40, 50, 60))  # and inside the save of these steps
 

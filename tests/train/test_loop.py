@@ -51,8 +51,8 @@ def test_an_interrupted_run_has_the_losses_of_an_uninterrupted_one(whole_run, tm
     changed.execution.remat = "full"  # how a run is computed may change
     train(make_config(), tmp_path, make_stream(), until=13)
     assert losses(tmp_path) == losses(whole_run)[:13]
-    train(changed, tmp_path, make_stream())
-    np.testing.assert_allclose(losses(tmp_path), losses(whole_run), rtol=1e-5)
+    train(changed, tmp_path, make_stream(), until=15)
+    np.testing.assert_allclose(losses(tmp_path), losses(whole_run)[:15], rtol=1e-5)
 
 
 def test_lines_after_the_restored_step_are_written_again(whole_run, tmp_path):

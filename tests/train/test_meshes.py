@@ -54,6 +54,7 @@ def test_every_mesh_has_the_losses_of_one_device(expected, tmp_path):
         np.testing.assert_allclose(losses(tmp_path / name), expected, rtol=1e-4, err_msg=name)
 
 
+@pytest.mark.long
 def test_two_processes_have_the_losses_of_one_device(expected, tmp_path):
     port = free_port()
     pair = [start(str(tmp_path), str(STEPS), json.dumps(TWO), port, str(index)) for index in range(2)]
@@ -64,6 +65,7 @@ def test_two_processes_have_the_losses_of_one_device(expected, tmp_path):
     assert "step 1/" in told[0][0] and "step" not in told[1][0], "the first one alone speaks"
 
 
+@pytest.mark.long
 def test_when_a_process_is_killed_the_other_says_so_and_its_last_checkpoint_restores(tmp_path):
     port = free_port()
     pair = [start(str(tmp_path), "100000", json.dumps({"run": {"fsdp": 8}}), port, str(index), "8")

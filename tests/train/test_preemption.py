@@ -15,7 +15,6 @@ import pytest
 import acejax
 from acejax.model.mmdit import init
 from acejax.train.preemption import Preemption
-from tests.counts import count
 from tests.train.small import make_config
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -66,6 +65,7 @@ def counted(tmp_path_factory):
     return workdir, *pair.end()
 
 
+@pytest.mark.long
 def test_a_signal_to_one_of_two_ends_both_at_the_same_step(counted):
     workdir, codes, lines, errors = counted
     assert codes == [75, 75], errors
@@ -73,6 +73,7 @@ def test_a_signal_to_one_of_two_ends_both_at_the_same_step(counted):
     assert len(steps) == 1 and int(steps.pop()) == max(int(path.name) for path in (workdir / "checkpoints").iterdir())
 
 
+@pytest.mark.long
 def test_damage_to_the_part_of_one_process_is_seen_by_both(counted):
     """Another mesh, another dtype; what only process 1 reads is damaged in the newest step."""
     workdir, *_ = counted
@@ -88,7 +89,7 @@ def test_damage_to_the_part_of_one_process_is_seen_by_both(counted):
     assert sum("is damaged" in told for told in errors) == 1
 
 
-@pytest.mark.skipif(count(True, False), reason="in full counts: a gather to compile for each shape")
+@pytest.mark.long
 def test_an_export_of_two_processes_is_whole(tmp_path):
     codes, lines, errors = Pair(tmp_path, "export").end()
     assert codes == [0, 0], errors
@@ -98,7 +99,7 @@ def test_an_export_of_two_processes_is_whole(tmp_path):
                  jax.jit(init, static_argnums=0)(config, jax.random.key(0)))
 
 
-@pytest.mark.skipif(count(True, False), reason="in full counts; the pair above stands for it")
+@pytest.mark.long
 def test_training_on_two_processes_leaves_and_goes_on(tmp_path):
     """The training loop itself; it goes on in one process, on another mesh."""
     port = free_port()

@@ -36,7 +36,7 @@ def velocity(config, params):
     tokens = jax.tree.map(lambda x: jnp.asarray(np.abs(rng.standard_normal(x.shape)), x.dtype), wide)
     tokens = dataclasses.replace(tokens, image=tokens.image[..., :config.in_channels], sigma=jnp.array([0.3, 0.8]),
                                  lengths=jnp.array([8, 6]))
-    return acejax.apply(config, params, tokens)
+    return jax.jit(acejax.apply, static_argnums=0)(config, params, tokens)
 
 
 @pytest.mark.parametrize("source", ["run", "dev.safetensors", "orbax"])

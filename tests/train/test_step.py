@@ -12,6 +12,7 @@ from acejax import Execution
 from acejax.train.config import OptimizerConfig, TrainConfig
 from acejax.train.optimizer import make_optimizer
 from acejax.train.step import SIGMA_BINS, init_state, train_step
+from tests.counts import count
 from tests.train.small import STEPS, make_config, make_stream
 
 STREAM = make_stream()
@@ -41,7 +42,7 @@ def test_parts_add_up(state):
     assert metrics["ref"].shape == (2,) and metrics["skipped"] == 0 and metrics["gradient_norm"] > 0
 
 
-@pytest.mark.parametrize("parts", [2, 4])
+@pytest.mark.parametrize("parts", count([4], [2, 4]))
 def test_accumulation_changes_rounding_alone(state, parts):
     """Samples differ in length and weight: a mean of means would not do."""
     whole = dataclasses.replace(SETTING, ema=0.9, mask_weight=4.0)
@@ -84,7 +85,7 @@ def test_noise_is_the_steps(state):
     assert losses[0] == losses[1] != losses[2]
 
 
-@pytest.mark.parametrize("channels", [64, 384, 448])
+@pytest.mark.parametrize("channels", count([64, 384], [64, 384, 448]))
 def test_every_width_trains(channels):
     """64 sees no picture to edit: its loss does not depend on one."""
     setting = dataclasses.replace(SETTING, config=dataclasses.replace(SETTING.config, in_channels=channels))

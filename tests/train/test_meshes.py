@@ -46,6 +46,7 @@ def start(*arguments: str) -> subprocess.Popen:
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+@pytest.mark.long
 def test_every_mesh_has_the_losses_of_one_device(expected, tmp_path):
     process = start(str(tmp_path), str(STEPS), json.dumps(ONE))
     _, said = process.communicate(timeout=600)

@@ -158,6 +158,7 @@ def test_noise_is_a_samples_own():
     assert (Held(table, mesh, dict(SIZES), 8).row(0)["noise"] != rows[0]).any()
 
 
+@pytest.mark.long
 def test_eight_devices_give_the_numbers_of_one():
     script = """
 import json

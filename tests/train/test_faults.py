@@ -47,6 +47,7 @@ def test_a_read_only_workdir(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json"]
 
 
+@pytest.mark.long
 def test_a_batch_with_nan(tmp_path):
     """Its step changes nothing and is counted; the run goes on, and its checkpoint is sound."""
     run = Run(tmp_path / "run", until=EVERY, fault="nan")

@@ -79,7 +79,7 @@ class Filling(Checkpoints):
     def save(self, step: int, *args, **kwargs) -> None:
         if step > EVERY:
             self._manager.wait_until_finished()
-            resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, resource.RLIM_INFINITY))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, resource.RLIM_INFINITY))
         super().save(step, *args, **kwargs)
 
 

@@ -10,6 +10,7 @@
 import argparse
 import json
 import pathlib
+import runpy
 import tempfile
 from collections.abc import Mapping
 from typing import Any
@@ -61,9 +62,7 @@ def measure(place: pathlib.Path, first: int, one: int, two: int, samples: int, t
     """All runs, in folders of their names below `place`."""
     def config(steps: int, *stages: tuple[float, Mapping[str, float]], start: str | None = None
                ) -> ml_collections.ConfigDict:
-        made = {}
-        exec((folder() / "demo.py").read_text(), made)
-        made = made["get_config"]()
+        made = runpy.run_path(str(folder() / "demo.py"))["get_config"]()
         made.update({"steps": steps, "init_from": start and str(place / start),
                      "stages": tuple({"share": share, "weights": weights} for share, weights in stages)})
         made.data.samples = samples
@@ -73,7 +72,7 @@ def measure(place: pathlib.Path, first: int, one: int, two: int, samples: int, t
     print("\n== text_to_image", flush=True)
     begin = config(first, (1.0, {"text": 1.0}))
     begin.model.in_channels = 64
-    _, _, stream = job.prepare(begin, place / "text_to_image")
+    _, _, stream, _ = job.prepare(begin, place / "text_to_image")
     loop.train(begin, place / "text_to_image", stream)
 
     total = one + two
@@ -96,7 +95,7 @@ def measure(place: pathlib.Path, first: int, one: int, two: int, samples: int, t
 def _growth(config: ml_collections.ConfigDict, place: pathlib.Path) -> float:
     """The most that the velocity of a batch of stage 1 changes by the growth, over its standard deviation."""
     small, params = checkpoint.load_weights(place / "text_to_image")
-    _, _, stream = job.prepare(config, place / "stage1")
+    _, _, stream, _ = job.prepare(config, place / "stage1")
     batch = stream[0].arrays
     sigma = np.linspace(0.1, 0.9, len(batch["lengths"]), dtype=np.float32)
     model = MMDiTConfig(**config.model)

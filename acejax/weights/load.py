@@ -60,15 +60,20 @@ def load_clip(path: Path, config: CLIPConfig | None = None, mesh: Mesh | None = 
     return load(open_model(path, CLIPConfig, config), mesh, dtype)
 
 
-def load(model: Model, mesh: Mesh | None = None, dtype: Any = None) -> tuple[Config, Any]:
-    """The parameters of a model that is open; see `load_mmdit`."""
+def load(model: Model, mesh: Mesh | None = None, dtype: Any = None,
+         each: Callable[[str, jax.Array], dict[str, jax.Array]] | None = None) -> tuple[Config, Any]:
+    """The parameters of a model that is open; see `load_mmdit`.
+
+    `each` gives what shall stand in a leaf's place, from its path: a model that is quantised is never there twice.
+    """
     shapes = keymaps.leaf_shapes(model.config)
     placement = _placement(shapes, mesh)
     get = model.tensors.__getitem__
     leaves = {}
     for path, copies in layout.grouped(keymaps.plan_for(model.config, model.layout), "path").items():
         read = functools.partial(layout.leaf, copies, shapes[path], get, dtype or layout.dtype_of(copies, get))
-        leaves[path] = put(shapes[path], read, placement[path])
+        leaf = put(shapes[path], read, placement[path])
+        leaves |= {path: leaf} if each is None else each(path, leaf)
     return model.config, unflatten_dict(leaves, sep="/")
 
 

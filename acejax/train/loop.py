@@ -206,5 +206,6 @@ def _compile(program: Program, examples: dict[int, dict[str, Any]], frozen: Any)
     """One compiled step for each bucket that the run will meet, made side by side."""
     processes.say(f"compiling the training step for {len(examples)} numbers of tokens ...")
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        lowered = {bucket: program.step.lower(program.state, batch, frozen=frozen) for bucket, batch in examples.items()}
+        lowered = {bucket: program.step.lower(program.state, batch, frozen=frozen)
+                   for bucket, batch in examples.items()}
         return dict(zip(lowered, pool.map(lambda low: low.compile(), lowered.values()), strict=True))

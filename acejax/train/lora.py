@@ -6,6 +6,7 @@ The frozen part of a run is one tree: `params` and, of a quantised base, `quant`
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -33,7 +34,7 @@ def check(config: LoraConfig, model: MMDiTConfig) -> None:
       UserError: a rank beyond the model's width, targets that match nothing, a file of another rank or model.
     """
     if config.rank > model.hidden_size:
-        raise UserError(f"config.lora.rank is {config.rank}; expected 1 to {model.hidden_size}, config.model.hidden_size")
+        raise UserError(f"config.lora.rank is {config.rank}; expected 1 to {model.hidden_size}, the model's width")
     targets(config, model)
     if config.init_from:
         _read(config, model)
@@ -93,9 +94,10 @@ def held_dtype(config: LoraConfig) -> Any:
     return jnp.dtype(jnp.bfloat16 if config.base in quantize.KINDS else config.base)
 
 
-def hold(config: LoraConfig, model: MMDiTConfig):
+def hold(config: LoraConfig, model: MMDiTConfig) -> Callable[[str, jax.Array], Leaves]:
     """(path, leaf) of the base -> what is held in its place, by path: the leaf, or its numbers in eight bits."""
-    quantised = {f"{module}/kernel" for module in select(_shapes(model), ACE_PLUS)} if config.base in quantize.KINDS else ()
+    eight = config.base in quantize.KINDS
+    quantised = {f"{module}/kernel" for module in select(_shapes(model), ACE_PLUS)} if eight else ()
 
     def place(path: str, leaf: jax.Array) -> Leaves:
         if path not in quantised:
@@ -109,11 +111,10 @@ def hold(config: LoraConfig, model: MMDiTConfig):
 
 def split(leaves: Leaves) -> Params:
     """Leaves by path, quantised and not -> `{"params"[, "quant"]}`."""
-    quantised = {path.removesuffix("/q") for path in leaves if path.endswith("/q")}
-    parts: dict[str, Leaves] = {"params": {}, "quant": {}}
-    for path, leaf in leaves.items():
-        parts["quant" if path.rpartition("/")[0] in quantised and path.endswith(("/q", "/scale")) else "params"][path] = leaf
-    return {name: unflatten_dict(part, sep="/") for name, part in parts.items() if part}
+    eight = {f"{path.removesuffix('/q')}/{name}" for path in leaves if path.endswith("/q") for name in ("q", "scale")}
+    parts = {"params": leaves.keys() - eight, "quant": eight}
+    return {name: unflatten_dict({path: leaves[path] for path in sorted(paths)}, sep="/")
+            for name, paths in parts.items() if paths}
 
 
 def pairs(config: LoraConfig, model: MMDiTConfig) -> dict[str, int]:
@@ -133,7 +134,8 @@ def _read(config: LoraConfig, model: MMDiTConfig) -> Params:
     found = lora_formats.read_lora(config.init_from, model)
     ranks = sorted({len(down) for down, _, _ in found.pairs.values()})
     if ranks != [config.rank]:
-        raise UserError(f"{config.init_from}: found rank {', '.join(map(str, ranks))}; config.lora.rank is {config.rank}")
+        found = ", ".join(map(str, ranks))
+        raise UserError(f"{config.init_from}: found rank {found}; config.lora.rank is {config.rank}")
     leaves = lora_pairs.from_foreign(model, found.layout, found.pairs)
     modules = {path.rpartition("/")[0] for path in leaves}
     if others := sorted(modules - set(targets(config, model))):

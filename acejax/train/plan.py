@@ -176,9 +176,9 @@ def _sent(run: TrainConfig, mesh, samples: int, tokens: int) -> float:
     """Bytes that a device sends in a step, all in the activations' dtype.
 
     Over fsdp, of n devices: each part of a batch gathers the weights for its forward and for its backward pass and
-    reduces the gradients, each (n - 1) / n of them; of a LoRA's base there are none. Over data: a gradient is reduced and told, each once. Over tensor:
-    an activation is summed twice a block, forward, backward and recomputed. Over seq: q, k, v and the result change
-    between tokens and heads.
+    reduces the gradients, each (n - 1) / n of them; what a LoRA is trained on has none. Over data: a gradient is
+    reduced and told, each once. Over tensor: an activation is summed twice a block, forward, backward and recomputed.
+    Over seq: q, k, v and the result change between tokens and heads.
     """
     size = 2 if run.execution.dtype == "bfloat16" else 4
     data, fsdp, tensor, seq = (mesh.shape[axis] for axis in AXES)

@@ -1,9 +1,9 @@
 """A LoRA teaches the small weights that come with acejax what they lack: symbols of two colours.
 
-"a red and blue heart" has its upper half red and its lower half blue; the demo's pictures have one colour each. Scored on
-the demo's test photo: the share of halves in the right colour, against the small weights alone, and against each sample
-with another one's prompt. QLoRA trains the same on the weights in int8. What is scored is the export, read again and
-merged; where diffusers is installed, its own loader must make the same velocity of it.
+"a red and blue heart" has its upper half red and its lower half blue; the demo's pictures have one colour each. Scored
+on the demo's test photo: the share of halves in the right colour, against the small weights alone, and against each
+sample with another one's prompt. QLoRA trains the same on the weights in int8. What is scored is the export, read again
+and merged; where diffusers is installed, its own loader must make the same velocity of it.
 """
 
 import argparse

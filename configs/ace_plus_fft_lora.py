@@ -1,4 +1,4 @@
-"""A LoRA on the full ACE++ model, 448 channels: all 304 modules, rank 64, on its canvas. Choices as `flux_fill_lora.py`.
+"""A LoRA on the full ACE++ model, 448 channels: all 304 modules, rank 64, its canvas. Choices as `flux_fill_lora.py`.
 
 `init_from` is ACE++'s released full model (`ace_plus_fft.safetensors` of ali-vilab/ACE_Plus), or a run's export.
 """

@@ -78,10 +78,11 @@ def training_step(config: MMDiTConfig, text: int, image: int, batch: int = 1, pa
     The backward pass is two products for each one of the forward pass. By the usual convention what remat recomputes
     does not count, and the few input gradients that nothing needs (of tokens and sinusoids) do.
 
-    With a LoRA (`pairs`, as `low_rank`) the linear layers of the blocks have no gradient of their own: 2 x forward for
-    them, 3 x for attention and the pairs, and 1 x for what has neither a gradient nor a place behind one.
+    With a LoRA on the blocks (`pairs`, as `low_rank`) no kernel has a gradient: 2 x forward for the blocks' linear
+    layers and the output, 3 x for attention and the pairs, 1 x for what lies before the blocks and for modulation.
     """
     once = forward(config, text, image, batch)
     if pairs is None:
         return 3 * once.total
-    return once.total + once.linear + 2 * once.attention + 3 * low_rank(pairs, text, image, batch)
+    output = batch * 2 * config.hidden_size * image * config.out_channels
+    return once.total + once.linear + 2 * once.attention + output + 3 * low_rank(pairs, text, image, batch)

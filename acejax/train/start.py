@@ -38,8 +38,8 @@ def check_start(source: str, config: MMDiTConfig, grow: bool = True) -> None:
         channels = _channels(_source(source))
         _open(source, config)
     if not grow and channels != config.in_channels:
-        raise UserError(f"{source}: reads {channels} channels, config.model.in_channels is {config.in_channels}; a LoRA "
-                        "would never learn the others, as it does not train img_in")
+        raise UserError(f"{source}: reads {channels} channels, config.model.in_channels is {config.in_channels}; a "
+                        "LoRA would never learn the others, as it does not train img_in")
 
 
 def load_start(source: str, config: MMDiTConfig, mesh: Mesh, dtype: Any = jnp.float32,
@@ -77,7 +77,8 @@ def load_start(source: str, config: MMDiTConfig, mesh: Mesh, dtype: Any = jnp.fl
     params["img_in"]["kernel"] = jax.jit(widen, out_shardings=shardings["kernel"])(kernel)
     if each is None:
         return params
-    return trees.nested({name: new for path, leaf in trees.flat(params).items() for name, new in each(path, leaf).items()})
+    return trees.nested({name: new for path, leaf in trees.flat(params).items()
+                         for name, new in each(path, leaf).items()})
 
 
 def _is_orbax(source: str) -> bool:

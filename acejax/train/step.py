@@ -110,8 +110,9 @@ def train_step(state: TrainState, batch: Batch, setting: StepConfig, optimizer: 
                frozen: Any = None) -> tuple[TrainState, dict[str, jax.Array]]:
     """One update, at noise and noise levels that the seed and the step decide.
 
-    The gradient is that of `state.params` alone; `frozen` (as `whole` says) has none, and no moments. A loss or gradient that is not finite leaves parameters, optimizer and average as they were. The optimizer may take
-    the step as an extra argument (`acejax.train.optimizer`).
+    The gradient is that of `state.params` alone: `frozen` (as `whole` says) has none, and no moments. A loss or
+    gradient that is not finite leaves parameters, optimizer and average as they were. The optimizer may take the step
+    as an extra argument (`acejax.train.optimizer`).
 
     Returns:
       The next state, and metrics: `loss` and its parts (`acejax.flow.parts`, with groups `task` and `sigma`),

@@ -295,12 +295,12 @@ def apply(config: MMDiTConfig, params: Params, tokens: Tokens, *, lora: Params |
     if quant is not None:
         collections["quant"] = quant
     if lora is not None:
-        _check_lora(collections, lora)
+        check_lora(collections, lora)
         collections["lora"] = lora
     return MMDiT(config, execution).apply(collections, tokens, modulation)
 
 
-def _check_lora(collections: dict[str, Params], lora: Params) -> None:
+def check_lora(collections: dict[str, Params], lora: Params) -> None:
     """Linen passes over variables that no module asks for; a LoRA that does nothing must not pass unseen."""
     layers = {path[:-1] for tree in collections.values() for path in flatten_dict(tree) if path[-1] in ("kernel", "q")}
     unknown = sorted("/".join(path[:-1]) for path in flatten_dict(lora) if path[:-1] not in layers)

@@ -4,6 +4,7 @@ None of it depends on the picture, so that a sampler knows it for all its steps 
 parameters (6.5 GB of FLUX's in bfloat16) are read once instead of at every step, and need not stay on the device.
 """
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -13,7 +14,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from acejax.model.config import Execution, MMDiTConfig
 from acejax.model.dense import Dense
-from acejax.model.mmdit import Embedder, Params, conditioning
+from acejax.model.mmdit import Embedder, Params, check_lora, conditioning
 
 LAYERS = {"double_blocks/img": 6, "double_blocks/txt": 6, "single_blocks": 3, "final_layer": 2}  # vectors of each layer
 NAMES = ("modulation", "time_in", "vector_in", "guidance_in")
@@ -43,22 +44,25 @@ def modulations(config: MMDiTConfig, params: Params, sigma: jax.Array, pooled: j
     Returns:
       "double_blocks": {"img", "txt"} [N, depth, B, 6, D], "single_blocks" [N, depth_single_blocks, B, 3, D] and
       "final_layer" [N, B, 2, D], in `execution.dtype`: 2.1 MB a step and sample at FLUX's size.
+
+    Raises:
+      ValueError: a `lora` for modulation that the model does not have.
     """
     collections = {"params": params, "lora": lora, "quant": quant}
-    vec = vector(config, collections, sigma, pooled, guidance, execution)
+    if lora is not None:
+        check_lora({name: tree for name, tree in collections.items() if name != "lora" and tree}, split(lora)[0])
+    vec = vector(config, execution, collections, sigma, pooled, guidance)
     found = {}
     for layer, count in LAYERS.items():
+        make = functools.partial(of_layer, config, execution, count, vec=vec)
         leaves = at(collections, f"{layer}/modulation")
-        if layer == "final_layer":
-            found[layer] = of_layer(config, count, leaves, vec, execution)
-        else:  # one layer after the other: sharded kernels are gathered so
-            each = jax.lax.map(lambda leaves, count=count: of_layer(config, count, leaves, vec, execution), leaves)
-            found[layer] = jnp.moveaxis(each, 0, 1)
+        # one layer after the other: so are sharded kernels gathered
+        found[layer] = make(leaves) if layer == "final_layer" else jnp.moveaxis(jax.lax.map(make, leaves), 0, 1)
     return unflatten_dict(found, sep="/")
 
 
-def vector(config: MMDiTConfig, collections: dict[str, Params | None], sigma: jax.Array, pooled: jax.Array,
-           guidance: jax.Array | None, execution: Execution) -> jax.Array:
+def vector(config: MMDiTConfig, execution: Execution, collections: dict[str, Params | None], sigma: jax.Array,
+           pooled: jax.Array, guidance: jax.Array | None) -> jax.Array:
     """What all modulation layers read: [N, B, D], SiLU done. Arguments as of `modulations`."""
     def embed(name: str, x: jax.Array) -> jax.Array:
         return Embedder(config, execution).apply(at(collections, name), x)
@@ -66,7 +70,7 @@ def vector(config: MMDiTConfig, collections: dict[str, Params | None], sigma: ja
     return jax.vmap(lambda level: nn.silu(conditioning(config, embed, level, pooled, guidance)))(sigma)
 
 
-def of_layer(config: MMDiTConfig, count: int, leaves: dict[str, Params], vec: jax.Array, execution: Execution
+def of_layer(config: MMDiTConfig, execution: Execution, count: int, leaves: dict[str, Params], vec: jax.Array
              ) -> jax.Array:
     """One layer's vectors [N, B, count, D], from its own leaves by collection."""
     dense = Dense((count, config.hidden_size), execution.dtype)

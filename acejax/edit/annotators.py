@@ -1,0 +1,2 @@
+def annotate(name, picture):
+    raise NotImplementedError

@@ -49,8 +49,8 @@ def test_an_edit_without_a_mask_changes_what_is_seen(size, middle):
 def test_random_sizes_masks_and_references():
     """The result has the picture's size, pixels outside the mask are equal, and no reference is seen in it."""
     rng = np.random.default_rng(2)
-    for _ in range(count(25, 500)):
-        short = int(rng.integers(32, count(150, 1500)))
+    for _ in range(count(60, 500)):
+        short = int(rng.integers(32, count(300, 1500)))
         size = (short, int(min(4000, short * rng.uniform(1, 8))))[::rng.choice([1, -1])]
         image, mask = picture(*size), np.zeros(size, np.uint8)
         top, left = (int(rng.integers(0, side - 1)) for side in size)
@@ -138,6 +138,18 @@ def test_the_small_weights_see_squares_and_boxes():
     assert editor.canvases[1].scale == 0
     editor(None, "this star", image=image, mask=mask, references=[picture(50, 90)])
     assert editor.canvases[2].widths == (64, 64)
+
+
+def test_parity_hands_out_what_the_released_code_does():
+    """Beside a reference the first 30 columns go and the rest is stretched; alone it stays on the 16-pixel grid."""
+    editor = White(Profile.of(MMDiTConfig.ace_plus_lora(), "reference"))
+    image = picture(100, 90)
+    assert editor(None, "x", image=image).shape == (96, 80, 3)
+    columns = np.arange(96 + 80)[None, :, None].repeat(96, 0).repeat(3, 2).astype(np.uint8)
+    editor.generate = lambda canvases, *_: [columns[:, :sum(canvas.widths)] for canvas in canvases]
+    (result,) = editor.edit([Request("x", None, image, references=(picture(50, 50),))])
+    assert result.picture.shape == (100, 90, 3) and result.tokens == 6 * 11
+    assert result.picture[0, 0, 0] == pytest.approx(96 + 30, abs=1)
 
 
 @pytest.mark.parametrize("request_, message", [

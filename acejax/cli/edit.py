@@ -16,23 +16,21 @@ def main(argv: Sequence[str]) -> int:
     flag = {name: values[name].value for name in values}
     if not flag["demo"]:
         raise UserError("edit: add --demo to use the small weights that come with acejax")
-    for name in ("prompt", "out"):
-        if not flag[name]:
-            raise UserError(f"edit: --{name} is missing")
-    from acejax.demo.edit import check_inputs, edit
+    if not flag["out"]:
+        raise UserError("edit: --out is missing")
     from acejax.demo.weights import SHIPPED, load_editor
     from acejax.edit.files import picture_format, read_mask, read_picture, write_picture
+    from acejax.edit.request import Request
 
     picture_format(flag["out"])  # before the work
     if flag["mask"] and not flag["image"]:
         raise UserError("edit: --mask without --image")
-    task = check_inputs(flag["prompt"], bool(flag["image"]), bool(flag["mask"]), len(flag["reference"] or ()),
-                        flag["task"])
     image = read_picture(flag["image"]) if flag["image"] else None
     mask = read_mask(flag["mask"], image.shape[:2]) if flag["mask"] else None
-    references = [read_picture(path) for path in flag["reference"] or ()]
+    references = tuple(read_picture(path) for path in flag["reference"] or ())
     editor = load_editor(flag["weights"] or SHIPPED)
-    write_picture(flag["out"], edit(editor, flag["prompt"], image, mask, references, task, flag["seed"]))
+    request = Request(flag["prompt"] or "", flag["task"], image, mask, references, seed=flag["seed"])
+    write_picture(flag["out"], editor.edit([request])[0].picture)
     print(f"wrote {flag['out']}")
     return 0
 

@@ -6,31 +6,27 @@ from typing import Any
 
 import numpy as np
 
-from acejax.data.canvas import Canvas, editing
-from acejax.data.layout import CanvasConfig
-from acejax.demo.pictures import REPAINTING, TASKS, Thing
+from acejax.demo.pictures import TASKS, Thing
 from acejax.demo.scores import color_of, psnr_box, shape_of
 from acejax.edit.editor import Editor
+from acejax.edit.request import Options, Request
 
 # task: least color accuracy, least shape accuracy, least color accuracy on held-out pairs
 THRESHOLDS = {"text": (0.80, None, None), "insert": (0.90, 0.60, 0.80), "recolor": (0.90, None, 0.80),
               "instruct": (0.70, None, 0.50), "reference": (0.85, None, 0.50), "two_references": (0.60, None, None)}
 ABOVE_SHUFFLED = 0.30
 RECOLOR_GAIN = 6.0  # dB in the box over copying the input
-BATCH = 48
 
 Record = Mapping[str, Any]
 
 
 def edit(editor: Editor, records: Sequence[Record], seed: int) -> list[np.ndarray]:
     """The model's answer to each record of one task; outside the mask the picture is the input's."""
-    answers: list[np.ndarray] = []
-    for start in range(0, len(records), BATCH):
-        part = list(records[start:start + BATCH])
-        full = part + part[:1] * (BATCH - len(part)) if start else part  # one compiled shape
-        results = editor.generate([_canvas(record) for record in full], [r["prompt"] for r in full], seed + start)
-        answers += [_stitch(result, record) for result, record in zip(results, part, strict=False)]
-    return answers
+    requests = [Request(record["prompt"], record["task"], record["image"], record["mask"], record["references"],
+                        size=record["target"].shape[:2] if record["image"] is None else None, seed=seed + index)
+                for index, record in enumerate(records)]
+    results = editor.edit(requests, Options(crop="none", paste="off"))
+    return [_stitch(result.picture, record) for result, record in zip(results, records, strict=True)]
 
 
 def shuffled(records: Sequence[Record]) -> list[Record]:
@@ -89,11 +85,6 @@ def missed(report: Mapping[str, Any]) -> list[str]:
 def things(record: Record) -> tuple[Thing, ...]:
     """The symbols that a record's target shows."""
     return tuple(Thing(shape, color, tuple(box)) for shape, color, box in json.loads(record["detail"]))
-
-
-def _canvas(record: Record) -> Canvas:
-    return editing(CanvasConfig(editing_height=1.0), record["image"], record["mask"], record["references"],
-                   record["target"].shape[:2], REPAINTING.get(record["task"], 1.0))
 
 
 def _inside(record: Record) -> np.ndarray:

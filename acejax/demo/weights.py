@@ -9,13 +9,19 @@ import numpy as np
 from etils import epath
 from safetensors.numpy import load_file, save_file
 
+from acejax.data.layout import CanvasConfig
+from acejax.demo.pictures import SIZE
 from acejax.demo.surroundings import Autoencoder, decode_latents, encode_pictures, encode_prompts
+from acejax.demo.tasks import TASKS
 from acejax.edit.editor import Editor
+from acejax.edit.profile import Profile
+from acejax.edit.sampler import Sampler
 from acejax.errors import UserError
 from acejax.model.config import MMDiTConfig
 from acejax.weights.load import load_mmdit
 from acejax.weights.save import save_model
 
+BATCH = 48  # edits at once
 SHIPPED = epath.Path(__file__).parent / "small_weights"
 
 
@@ -46,5 +52,6 @@ def load_editor(folder: epath.PathLike = SHIPPED, steps: int = 8) -> Editor:
 
 def make_editor(config: MMDiTConfig, params: Any, autoencoder: Autoencoder, steps: int) -> Editor:
     """An editor in the demo's surroundings."""
-    return Editor(config, params, jax.jit(lambda pictures: encode_pictures(autoencoder, pictures)),
-                  jax.jit(lambda latents: decode_latents(autoencoder, latents)), encode_prompts, steps=steps)
+    profile = Profile("small weights", TASKS, CanvasConfig(editing_height=1.0), steps, None, SIZE)
+    return Editor(profile, Sampler(config, params), jax.jit(lambda pictures: encode_pictures(autoencoder, pictures)),
+                  jax.jit(lambda latents: decode_latents(autoencoder, latents)), encode_prompts, batch=BATCH)

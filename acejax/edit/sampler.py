@@ -56,20 +56,20 @@ class Sampler:
         return jax.device_put(tree, None if self.mesh is None else rules.shardings(tree, self.mesh))
 
     def __call__(self, features: Mapping[str, np.ndarray], noise: np.ndarray, steps: int,
-                 guidance: float | Sequence[float] = 1.0, lora: Params | None = None) -> jax.Array:
+                 guidance: float | Sequence[float] | None = 1.0, lora: Params | None = None) -> jax.Array:
         """Latents [B, h, w, 16] of whole canvases, float32.
 
         Args:
           features: `edit`, `modify`, `mask` as by `acejax.data.latents.encode`, as far as the model reads them, `text`
             [B, T, D] and `pooled` [B, P].
-          noise: [B, h, w, 16], as by `draw`.
+          noise: [B, h, w, 16], the canvases at noise level 1.
           steps: of Euler.
-          guidance: of each sample, or of all; not read by a model without guidance.
+          guidance: of each sample, or of all; a model without guidance reads none.
           lora: `acejax.adapt.lora`; several are one by its `combine`.
 
         Raises:
           UserError: no steps, or tokens that do not fall apart over the mesh.
-          ValueError: features that are absent, or a LoRA for layers that the model does not have.
+          ValueError: features or guidance that are absent, or a LoRA for layers that the model does not have.
         """
         if steps < 1:
             raise UserError(f"steps is {steps}; expected at least 1")
@@ -77,13 +77,15 @@ class Sampler:
         if absent:
             raise ValueError(f"features lack {', '.join(absent)}, which a model of {self.config.in_channels} channels "
                              "reads")
+        if guidance is None and self.config.guidance_embed:
+            raise ValueError("guidance is None, but the model reads guidance")
         batch, height, width, _ = noise.shape
         size = height * width // lcu.PATCH**2
         if self.mesh is not None:
             rules.check_tokens(self.mesh, f"a canvas of {8 * width} x {8 * height} pixels", size)
             rules.check_tokens(self.mesh, "the text", features["text"].shape[1])
         names = (*INPUTS[self.config.in_channels], "text", "pooled")
-        scale = np.broadcast_to(np.asarray(guidance, np.float32), batch)
+        scale = np.broadcast_to(np.asarray(0.0 if guidance is None else guidance, np.float32), batch)
         rows = self._spread({name: features[name] for name in names} | {"noise": noise, "guidance": scale})
         sigmas = flow.schedule(steps, size)
         first, rest = split({"lora": None if lora is None else self.place(lora)})
@@ -123,12 +125,6 @@ class Sampler:
         rows = {name: np.concatenate([row, np.repeat(row[-1:], short, 0)]) if short else row
                 for name, row in rows.items()}
         return jax.device_put(rows, rules.batch_sharding(self.mesh))
-
-
-def draw(seeds: Sequence[int], height: int, width: int, channels: int = 16) -> jax.Array:
-    """Noise [B, height, width, channels] in latent pixels: a sample's is that of its own seed, whatever its batch."""
-    keys = jnp.stack([jax.random.key(seed) for seed in seeds])
-    return jax.vmap(lambda key: jax.random.normal(key, (height, width, channels)))(keys)
 
 
 def split(trees: Trees) -> tuple[Trees, Trees]:

@@ -8,7 +8,6 @@ from PIL import Image
 
 from acejax.cli.main import main
 from acejax.demo import evaluate, job
-from acejax.demo.edit import edit
 from acejax.demo.pictures import TASKS, samples
 from acejax.demo.weights import load_editor
 from acejax.edit.files import read_picture
@@ -93,5 +92,5 @@ def test_every_task_edits(done):
     editor = load_editor(done[0] / "weights", steps=2)
     for task in TASKS:
         sample = next(samples(1, task, 5, "test"))
-        result = edit(editor, sample.prompt, sample.image, sample.mask, sample.references, task)
+        result = editor(task, sample.prompt, image=sample.image, mask=sample.mask, references=sample.references)
         assert result.shape == sample.target.shape

@@ -2,6 +2,10 @@
 
 import dataclasses
 import functools
+import json
+import pathlib
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +22,7 @@ from acejax.model import modulation
 from tests import judges, loras
 from tests.goldens import cases
 
+ROOT = pathlib.Path(__file__).parents[2]
 CONFIG = loras.CONFIG
 HEIGHT, WIDTH, STEPS, GUIDANCE = 4, 6, 3, 3.5
 
@@ -31,12 +36,12 @@ def features(batch=4):
 
 
 @functools.cache
-def adapted(seed, rank=4):
+def adapted(seed, config=CONFIG):
     """A LoRA that changes every layer, those of the modulation included."""
     draw = np.random.default_rng(seed).standard_normal
     return jax.tree_util.tree_map_with_path(
         lambda path, x: 0.1 * draw(x.shape, np.float32) if path[-1].key == "b" else x,
-        adapt.init(CONFIG, jax.random.key(seed), rank))
+        adapt.init(config, jax.random.key(seed), 4))
 
 
 @functools.partial(jax.jit, static_argnames="channels")
@@ -59,9 +64,13 @@ def sampler():
     return Sampler(CONFIG, loras.params())
 
 
+def made_noise():
+    return np.random.default_rng(5).standard_normal((4, HEIGHT, WIDTH, 16), np.float32)
+
+
 @pytest.fixture(scope="module")
 def noise():
-    return np.random.default_rng(5).standard_normal((4, HEIGHT, WIDTH, 16), np.float32)
+    return made_noise()
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +129,14 @@ def test_offloaded_and_in_eight_bits(noise):
     found = offloaded(features(), noise, STEPS, GUIDANCE, lora)
     expected = plain(shown, features(), noise, jnp.full(4, GUIDANCE), lora)
     assert judges.difference(found, expected) < 1e-4
+
+
+@pytest.mark.long
+def test_meshes_give_the_latents_of_one_device():
+    run = subprocess.run([sys.executable, "-m", "tests.edit.meshed"], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout.splitlines()[-1])
+    assert all(difference < 1e-4 for difference in found.values()), found
 
 
 def test_the_12b_loop_takes_no_weights_of_modulation(capsys):

@@ -20,7 +20,7 @@ def main(argv: Sequence[str]) -> int:
         if not flag[name]:
             raise UserError(f"edit: --{name} is missing")
     from acejax.demo.edit import check_inputs, edit
-    from acejax.demo.weights import SHIPPED, load_editor
+    from acejax.demo.weights import SHIPPED, load_editor, read_note
     from acejax.edit.files import picture_format, read_mask, read_picture, write_picture
 
     picture_format(flag["out"])  # before the work
@@ -31,8 +31,9 @@ def main(argv: Sequence[str]) -> int:
     image = read_picture(flag["image"]) if flag["image"] else None
     mask = read_mask(flag["mask"], image.shape[:2]) if flag["mask"] else None
     references = [read_picture(path) for path in flag["reference"] or ()]
-    editor = load_editor(flag["weights"] or SHIPPED)
-    write_picture(flag["out"], edit(editor, flag["prompt"], image, mask, references, task, flag["seed"]))
+    place = flag["weights"] or SHIPPED
+    write_picture(flag["out"], edit(load_editor(place), flag["prompt"], image, mask, references, task, flag["seed"],
+                                    read_note(place)["size"]))
     print(f"wrote {flag['out']}")
     return 0
 
@@ -46,7 +47,8 @@ def _define(values: flags.FlagValues) -> None:
     text("image", "The picture to edit, of any size; none: text to picture.")
     text("mask", "A mask of the picture's size, white where to generate.")
     flags.DEFINE_multi_string("reference", None, "A reference picture; may be given twice.", flag_values=values)
-    text("task", "text, insert, recolor, instruct, reference or two_references; by default what the inputs stand for.")
+    text("task", "text, insert, recolor, instruct, reference, two_references or remove; by default what the inputs "
+         "stand for.")
     flags.DEFINE_integer("seed", 0, "Fixes the result.", flag_values=values)
     text("weights", "A folder of demo weights (a demo's WORKDIR/weights) instead of those shipped.")
     text("out", "The file to write.")

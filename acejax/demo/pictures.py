@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 from acejax.lcu import CELL
 
 SIZE = 64  # of a picture's sides, where nothing else is said; other sizes are multiples of 16
-SCALES = (1.5, 2.25, 3.375)  # of a photo's short side, in sides of a picture
+SCALES = (1.5, 2.25, 3.375)  # of a photo's short side, in sides of a picture, where nothing else is said
 TEST_PHOTO = "coffee"
 PHOTOS = {  # name in prompts: skimage.data function
     "person": "astronaut", "cat": "chelsea", "sky": "rocket", "stars": "hubble_deep_field", "eye": "retina",
@@ -109,15 +109,15 @@ def paint(picture: np.ndarray, thing: Thing) -> np.ndarray:
     return out
 
 
-@functools.lru_cache(maxsize=16)
-def photo(name: str, size: int = SIZE) -> tuple[np.ndarray, ...]:
-    """A photo at three scales for pictures of a size, [h, w, 3] uint8: the short side is `SCALES` times the size."""
+@functools.lru_cache(maxsize=32)
+def photo(name: str, size: int = SIZE, scales: tuple[float, ...] = SCALES) -> tuple[np.ndarray, ...]:
+    """A photo at several scales for pictures of a size, [h, w, 3] uint8: the short side is `scales` times the size."""
     from skimage import data
 
     pixels = getattr(data, PHOTOS[name])()
     pixels = pixels if pixels.ndim == 3 else np.repeat(pixels[..., None], 3, axis=-1)
     picture = Image.fromarray(pixels[..., :3])
-    sizes = [tuple(round(side * scale * size / min(picture.size)) for side in picture.size) for scale in SCALES]
+    sizes = [tuple(round(side * scale * size / min(picture.size)) for side in picture.size) for scale in scales]
     return tuple(np.asarray(picture.resize(size, Image.Resampling.LANCZOS)) for size in sizes)
 
 
@@ -126,8 +126,9 @@ def box_sides(size: int) -> range:
     return range(-(-size * 3 // (8 * CELL)) * CELL, size // 2 + 1, CELL)
 
 
-def samples(count: int, task: str, seed: int, split: str = "train", size: int = SIZE) -> Iterator[Sample]:
-    """`count` samples of a task, fixed by (task, seed, split, size).
+def samples(count: int, task: str, seed: int, split: str = "train", size: int = SIZE,
+            scales: tuple[float, ...] = SCALES) -> Iterator[Sample]:
+    """`count` samples of a task on crops of photos, as by `photo`; fixed by what is given.
 
     Splits: "train" and "validation" (training photos, no held-out pair), "test" (the test photo, trained pairs),
     "held" (the test photo, held-out pairs only).
@@ -135,10 +136,11 @@ def samples(count: int, task: str, seed: int, split: str = "train", size: int = 
     rng = np.random.default_rng([seed, TASKS.index(task), SPLITS.index(split)])
     pairs = [pair for pair in itertools.product(SHAPES, COLORS) if (pair in HELD_PAIRS) == (split == "held")]
     for _ in range(count):
-        yield _sample(rng, task, split, pairs, size)
+        yield _sample(rng, task, split, pairs, size, scales)
 
 
-def _sample(rng: np.random.Generator, task: str, split: str, pairs: list[tuple[str, str]], size: int) -> Sample:
+def _sample(rng: np.random.Generator, task: str, split: str, pairs: list[tuple[str, str]], size: int,
+            scales: tuple[float, ...]) -> Sample:
     def pick(options):
         return options[rng.integers(len(options))]
 
@@ -153,7 +155,7 @@ def _sample(rng: np.random.Generator, task: str, split: str, pairs: list[tuple[s
         return thing(box(int(pick(box_sides(size))), *between))
 
     def crop(place):
-        picture = pick(photo(place, size))
+        picture = pick(photo(place, size, scales))
         top, left = (rng.integers(side - size + 1) for side in picture.shape[:2])
         window = picture[top:top + size, left:left + size]
         return window[:, ::-1].copy() if rng.integers(2) else window.copy()

@@ -153,7 +153,8 @@ def _window(profile: Profile, task: tasks.Task, image: np.ndarray, mask: np.ndar
     size = image.shape[:2]
     if profile.side:
         close = mask is not None and options.crop != "none"
-        return (crop.square(mask, task.share) if close else crop.whole_square(size)), (profile.side, profile.side)
+        window = crop.square(mask, task.share, profile.side // CELL) if close else crop.whole_square(size)
+        return window, (profile.side, profile.side)
     if options.crop == "mask" and mask is None:
         raise UserError("crop is 'mask', and there is no mask")
     seen = crop.middle(size)

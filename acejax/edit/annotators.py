@@ -33,7 +33,7 @@ def annotate(name: str, picture: np.ndarray, *, weights: str | os.PathLike | Non
         canny: edges, white on black; needs OpenCV.
         blur: Gaussian, with a standard deviation of 1/128 of the short side, at least one pixel.
         low_resolution: what a quarter of the pixels a side keeps.
-        contour: a line drawing, dark on white, by a network.
+        contour: a line drawing, dark on white, by a network that needs 3 GB of memory for a megapixel.
         depth: near is white; by a network, min to max of the picture.
         none: the picture.
       weights: contour: informative-drawings' generator, a safetensors file or PyTorch's. Depth: a folder with a DPT

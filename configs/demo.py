@@ -43,7 +43,7 @@ def get_config() -> ConfigDict:
         "evaluate": {"samples": 192, "held": 96, "steps": 8, "seed": 1_000_000, "split": "test", "thresholds": "demo"},
         "mesh": {"data": -1, "fsdp": 1, "tensor": 1, "seq": 1},
         "execution": {"dtype": "float32", "attention": "auto", "remat": "none"},
-        "checkpoint": {"every": 1000, "keep": 2},
+        "checkpoint": {"every": 1000, "keep": 2, "best": 0, "export_every": 0, "export_layout": "bfl"},
         "watch": {"every": 50, "bad_steps": 10},
         # none while it trains, as `evaluate` is more than that; every: 500 keeps some samples out and judges by them
         "validation": {"every": 0, "held": 8, "grid_every": 0, "grid": 2, "steps": 8},

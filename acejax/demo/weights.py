@@ -75,11 +75,6 @@ def load_editor(folder: epath.PathLike = SHIPPED, steps: int = 8) -> Editor:
     autoencoder = load_autoencoder(folder / AUTOENCODER)
     if (found := kind_of(autoencoder)) != note["autoencoder"]:
         raise UserError(f"{folder}/{AUTOENCODER} is {found}; weights.json says {note['autoencoder']}")
-    return make_editor(config, params, autoencoder, note["size"], steps)
-
-
-def make_editor(config: MMDiTConfig, params: Any, autoencoder: Autoencoder, size: int, steps: int) -> Editor:
-    """An editor in the demo's surroundings, for pictures of `size` pixels a side."""
-    profile = Profile("small weights", TASKS, CanvasConfig(editing_height=1.0), steps, None, size)
+    profile = Profile("small weights", TASKS, CanvasConfig(editing_height=1.0), steps, None, note["size"])
     return Editor(profile, Sampler(config, params), jax.jit(lambda pictures: encode_pictures(autoencoder, pictures)),
                   jax.jit(lambda latents: decode_latents(autoencoder, latents)), encode_prompts, batch=BATCH)

@@ -6,6 +6,7 @@ resolution are ours. `parity="reference"` gives theirs to the pixel, with OpenCV
 
 import functools
 import os
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -53,6 +54,12 @@ def annotate(name: str, picture: np.ndarray, *, weights: str | os.PathLike | Non
     make = _PLAIN[name] if weights is None else functools.partial(_MODELS[name][0], weights)
     made = make(picture, reference)
     return made if made.ndim == 3 else np.repeat(made[..., None], 3, axis=2)
+
+
+def annotator(weights: Mapping[str, str | os.PathLike] | None = None, parity: str | None = None
+              ) -> Callable[[str, np.ndarray], np.ndarray]:
+    """`annotate` with the networks' weights by name (contour, depth) and the parity that are at hand."""
+    return lambda name, picture: annotate(name, picture, weights=(weights or {}).get(name), parity=parity)
 
 
 def inside(annotated: np.ndarray, picture: np.ndarray, mask: np.ndarray | None, *,

@@ -7,7 +7,6 @@ too: what ACE++'s processor does is stated in tests/data/statement.py, the rest 
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import save_file

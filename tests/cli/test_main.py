@@ -50,7 +50,7 @@ CONFIG = f"--config={ROOT / 'configs' / 'demo.py'} "
 MISTAKES = [
     ("nosuch", "no command 'nosuch'; the commands are demo, train, plan, edit, convert, data, bench"),
     ("edit --prompt=x", "add --demo"),
-    (EDIT, "--prompt is missing"),
+    (EDIT, "the prompt is empty; expected what to make"),
     ("edit --demo --prompt=x", "--out is missing"),
     (EDIT + "--prompt=x --nosuch=1", "Unknown command line flag 'nosuch'"),
     (EDIT + "--prompt=x --seed=abc", "seed"),
@@ -62,7 +62,7 @@ MISTAKES = [
     (EDIT + "--image=a.png --mask=m.png --task=upscale --prompt=a_red_heart", "unknown task 'upscale'; the small "
      "weights know text, insert, recolor, instruct, reference, two_references"),
     (EDIT + "--image=a.png --task=insert --prompt=a_red_heart",
-     "task insert takes a picture, a mask; given: a picture"),
+     "it needs a mask; given: a picture"),
     (EDIT + "--image=a.png --mask=m.png --reference=broken.png --prompt=this_heart", "broken.png: found no picture"),
     (EDIT + "--image=a.png --mask=m.png --prompt=a_red_zebra", "do not know 'zebra'; they know: a, an, and"),
     (EDIT + "--image=a.png --mask=m.png --weights=. --prompt=a_red_heart", "no demo weights there"),
@@ -94,7 +94,7 @@ MISTAKES = [
     (f"train {CONFIG} --workdir=run --config.optimizer.learningrate=1",
      "no such config field: optimizer.learningrate; did you mean learning_rate?"),
     (f"train {CONFIG} --workdir=run --config.stages[2].share=1", "tuple index out of range"),
-    (f"train {CONFIG} --workdir=run learning_rate=1", "is no flag; write --config.optimizer.learning_rate=1"),
+    (f"train {CONFIG} --workdir=run learning_rate=1", "or --config.optimizer.learning_rate=1"),
     (f"train {CONFIG} --workdir=run --seed=1", "Unknown command line flag 'seed'; write --config.seed=1"),
     ("train configs/demo.py --workdir=run", "'configs/demo.py' is no flag; write --config=configs/demo.py"),
     (f"train {CONFIG} --workdir=run --config.mesh.fsdp=-1", "has several axes of -1"),

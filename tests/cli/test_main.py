@@ -59,8 +59,7 @@ MISTAKES = [
     (EDIT + "--image=a.png --mask=small.png --prompt=a_red_heart",
      "mask small.png is 120 x 50 pixels (width x height); its picture is 120 x 90"),
     (EDIT + "--mask=m.png --prompt=a_red_heart", "--mask without --image"),
-    (EDIT + "--image=a.png --mask=m.png --task=upscale --prompt=a_red_heart", "unknown task 'upscale'; the small "
-     "weights know text, insert, recolor, instruct, reference, two_references"),
+    (EDIT + "--image=a.png --mask=m.png --task=upscale --prompt=a_red_heart", "unknown task 'upscale'; the tasks are "),
     (EDIT + "--image=a.png --task=insert --prompt=a_red_heart",
      "it needs a mask; given: a picture"),
     (EDIT + "--image=a.png --mask=m.png --reference=broken.png --prompt=this_heart", "broken.png: found no picture"),

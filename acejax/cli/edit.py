@@ -44,7 +44,8 @@ def _define(values: flags.FlagValues) -> None:
     text("image", "The picture to edit, of any size; none: text to picture.")
     text("mask", "A mask of the picture's size, white where to generate.")
     flags.DEFINE_multi_string("reference", None, "A reference picture; may be given twice.", flag_values=values)
-    text("task", "text, insert, recolor, instruct, reference or two_references; by default what the inputs stand for.")
+    text("task", "text, insert, recolor, instruct, reference, two_references or remove; by default what the inputs "
+         "stand for.")
     flags.DEFINE_integer("seed", 0, "Fixes the result.", flag_values=values)
     text("weights", "A folder of demo weights (a demo's WORKDIR/weights) instead of those shipped.")
     text("out", "The file to write.")

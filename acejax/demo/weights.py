@@ -52,7 +52,8 @@ def save(folder: epath.PathLike, config: MMDiTConfig, params: Any, autoencoder: 
 
 
 def read_note(folder: epath.PathLike = SHIPPED) -> dict[str, Any]:
-    """`weights.json`: how the weights came, the picture's `size` in pixels, the kind of `autoencoder`, `config`.
+    """`weights.json`: how the weights came, the picture's `size` in pixels, `euler_steps`, the kind of
+    `autoencoder`, `config`.
 
     Raises:
       UserError: no such weights.
@@ -63,8 +64,8 @@ def read_note(folder: epath.PathLike = SHIPPED) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
-def load_editor(folder: epath.PathLike = SHIPPED, steps: int = 8) -> Editor:
-    """An editor with the weights in a folder.
+def load_editor(folder: epath.PathLike = SHIPPED, steps: int | None = None) -> Editor:
+    """An editor with the weights in a folder; it takes `steps` Euler steps, or as many as their note says.
 
     Raises:
       UserError: no such weights, or an autoencoder of another kind than their note says.
@@ -75,11 +76,7 @@ def load_editor(folder: epath.PathLike = SHIPPED, steps: int = 8) -> Editor:
     autoencoder = load_autoencoder(folder / AUTOENCODER)
     if (found := kind_of(autoencoder)) != note["autoencoder"]:
         raise UserError(f"{folder}/{AUTOENCODER} is {found}; weights.json says {note['autoencoder']}")
-    return make_editor(config, params, autoencoder, note["size"], steps)
-
-
-def make_editor(config: MMDiTConfig, params: Any, autoencoder: Autoencoder, size: int, steps: int) -> Editor:
-    """An editor in the demo's surroundings, for pictures of `size` pixels a side."""
-    profile = Profile("small weights", TASKS, CanvasConfig(editing_height=1.0), steps, None, size)
+    profile = Profile("small weights", TASKS, CanvasConfig(editing_height=1.0), steps or note["euler_steps"], None,
+                      note["size"])
     return Editor(profile, Sampler(config, params), jax.jit(lambda pictures: encode_pictures(autoencoder, pictures)),
                   jax.jit(lambda latents: decode_latents(autoencoder, latents)), encode_prompts, batch=BATCH)

@@ -55,7 +55,8 @@ def save(folder: epath.PathLike, config: MMDiTConfig, params: Any, autoencoder: 
 
 
 def read_note(folder: epath.PathLike = SHIPPED) -> dict[str, Any]:
-    """`weights.json`: how the weights came, the picture's `size` in pixels, the kind of `autoencoder`, `config`.
+    """`weights.json`: how the weights came, the picture's `size` in pixels, `euler_steps`, the kind of
+    `autoencoder`, `config`.
 
     Raises:
       UserError: no such weights.
@@ -66,9 +67,9 @@ def read_note(folder: epath.PathLike = SHIPPED) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
-def load_editor(folder: epath.PathLike = SHIPPED, steps: int = 8,
+def load_editor(folder: epath.PathLike = SHIPPED, steps: int | None = None,
                 loras: Sequence[tuple[epath.PathLike, float]] = ()) -> Editor:
-    """An editor with the weights in a folder.
+    """An editor with the weights in a folder; it takes `steps` Euler steps, or as many as their note says.
 
     Args:
       loras: files and their strengths.
@@ -83,7 +84,8 @@ def load_editor(folder: epath.PathLike = SHIPPED, steps: int = 8,
     autoencoder = load_autoencoder(folder / AUTOENCODER)
     if (found := kind_of(autoencoder)) != note["autoencoder"]:
         raise UserError(f"{folder}/{AUTOENCODER} is {found}; weights.json says {note['autoencoder']}")
-    profile = Profile("small weights", TASKS, CanvasConfig(editing_height=1.0), steps, None, note["size"])
+    profile = Profile("small weights", TASKS, CanvasConfig(editing_height=1.0), steps or note["euler_steps"], None,
+                      note["size"])
     return Editor(profile, Sampler(config, params), jax.jit(lambda pictures: encode_pictures(autoencoder, pictures)),
                   jax.jit(lambda latents: decode_latents(autoencoder, latents)), encode_prompts, lora=lora,
                   batch=BATCH, check_prompt=lambda prompt: encode_prompts([prompt]))

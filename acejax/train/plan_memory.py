@@ -14,7 +14,8 @@ from acejax.model import attention
 from acejax.model.config import MMDiTConfig
 from acejax.model.mmdit import init
 from acejax.parallel import rules
-from acejax.train.config import OptimizerConfig, TrainConfig
+from acejax.train import lora
+from acejax.train.config import LoraConfig, OptimizerConfig, TrainConfig
 from acejax.train.optimizer import make_optimizer
 from acejax.train.plan_compile import abstract_batch
 
@@ -76,6 +77,7 @@ class Memory:
     """Bytes of one device.
 
     Attributes:
+      frozen: the model that a LoRA is trained on.
       parameters, optimizer, average, batch: what the step is given: float32 parameters, moments, EMA, features.
       gradients: of all parameters; twice where parts of a batch are added up.
       saved: what blocks keep for the backward pass.
@@ -87,6 +89,7 @@ class Memory:
       reserve: see Backend.
     """
 
+    frozen: float
     parameters: float
     optimizer: float
     average: float
@@ -101,7 +104,7 @@ class Memory:
 
     @property
     def arguments(self) -> float:
-        return self.parameters + self.optimizer + self.average + self.batch
+        return self.frozen + self.parameters + self.optimizer + self.average + self.batch
 
     @property
     def temporaries(self) -> float:
@@ -124,7 +127,7 @@ def memory(run: TrainConfig, mesh: AbstractMesh, samples: int, image: int, text:
     """
     model, dtype, held = run.model, jnp.dtype(run.execution.dtype), BACKENDS[backend]
     tensor, seq, accumulate = mesh.shape["tensor"], mesh.shape["seq"], run.optimizer.accumulate
-    parameters, optimizer = state_bytes(model, run.optimizer, mesh)
+    frozen, parameters, optimizer = state_bytes(model, run.lora, run.optimizer, mesh)
     local = samples / rules.batch_parts(mesh, accumulate)
     tokens = image + text
     array = local * tokens / seq * model.hidden_size * dtype.itemsize
@@ -139,7 +142,7 @@ def memory(run: TrainConfig, mesh: AbstractMesh, samples: int, image: int, text:
     gradients = parameters * (1 if accumulate == 1 else 2)
     backward = gradients + saved + working + gathered + vectors
     return Memory(
-        parameters=parameters, optimizer=optimizer, average=parameters if run.optimizer.ema else 0.0,
+        frozen=frozen, parameters=parameters, optimizer=optimizer, average=parameters if run.optimizer.ema else 0.0,
         batch=sum(leaf.size * leaf.dtype.itemsize for leaf in batch.values()) * samples / rules.batch_parts(mesh),
         gradients=gradients, saved=saved, working=working, gathered=gathered, vectors=vectors,
         updating=max(MUON * parameters - backward, 0.0) if run.optimizer.name == "muon" else 0.0, reserve=held.reserve)
@@ -159,11 +162,16 @@ def attention_of(name: str, tokens: int) -> str:
 
 
 @functools.lru_cache(maxsize=32)
-def state_bytes(model: MMDiTConfig, config: OptimizerConfig, mesh: AbstractMesh) -> tuple[float, float]:
-    """Bytes of one device: float32 parameters, and the optimizer's state, by the rules of `acejax.parallel.rules`."""
-    params = jax.eval_shape(functools.partial(init, model), jax.random.key(0))
+def state_bytes(model: MMDiTConfig, adapter: LoraConfig | None, config: OptimizerConfig, mesh: AbstractMesh
+                ) -> tuple[float, float, float]:
+    """Bytes of one device: a LoRA's base, what is trained in float32, and the optimizer's state, by the rules of
+    `acejax.parallel.rules`."""
+    frozen, params = {}, jax.eval_shape(functools.partial(init, model), jax.random.key(0))
+    if adapter:
+        params, scales = lora.shapes(adapter, model)
+        frozen = lora.base_shapes(adapter, model) | {"scales": scales}
     state = jax.eval_shape(make_optimizer(config, 1).init, params)
-    return _bytes(params, mesh), _bytes(state, mesh)
+    return _bytes(frozen, mesh), _bytes(params, mesh), _bytes(state, mesh)
 
 
 def _bytes(tree: Any, mesh: AbstractMesh) -> float:

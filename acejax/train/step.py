@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from acejax import flow, lcu
+from acejax.adapt.lora import spread
 from acejax.model.config import Execution, MMDiTConfig
 from acejax.model.mmdit import Tokens, apply, init
 
@@ -22,7 +23,7 @@ class TrainState:
 
     Attributes:
       step: steps done, skipped ones too.
-      params: what is trained.
+      params: what is trained: the model's parameters, or a LoRA's factors (`acejax.adapt.lora.tie`).
       opt_state: the optimizer's.
       ema: their average over time in float32, or None.
       skipped: steps that changed nothing, as their loss or gradient was not finite.
@@ -67,16 +68,25 @@ def init_state(setting: StepConfig, optimizer: optax.GradientTransformation, par
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema, jnp.zeros((), jnp.int32))
 
 
-def velocity_errors(params: Any, setting: StepConfig, batch: Batch, noise: jax.Array, sigma: jax.Array
-                    ) -> tuple[jax.Array, jax.Array]:
+def whole(params: Any, frozen: Any = None) -> dict[str, Any]:
+    """The trees that `acejax.apply` takes, by keyword: all is trained, or a LoRA's factors on a frozen base
+    (`acejax.train.lora`)."""
+    if frozen is None:
+        return {"params": params}
+    return {name: frozen[name] for name in ("params", "quant") if name in frozen} | {
+        "lora": spread(params, frozen["scales"])}
+
+
+def velocity_errors(params: Any, setting: StepConfig, batch: Batch, noise: jax.Array, sigma: jax.Array,
+                    frozen: Any = None) -> tuple[jax.Array, jax.Array]:
     """`acejax.flow.errors` of a batch (`acejax.data.stream.Batch`): [B, references + 1] errors and weights.
 
     `noise` is [B, S, 64] and `sigma` [B]; guidance is 1, as ACE++ trains. A model of 64 channels sees the noisy latents
-    alone: text to image.
+    alone: text to image. `frozen` is as `whole` says.
     """
     x0 = batch["target"].astype(jnp.float32)
-    velocity = apply(setting.config, params, tokens(setting.config, batch, flow.interpolate(x0, noise, sigma), sigma),
-                     execution=setting.execution)
+    seen = tokens(setting.config, batch, flow.interpolate(x0, noise, sigma), sigma)
+    velocity = apply(setting.config, tokens=seen, execution=setting.execution, **whole(params, frozen))
     return flow.errors(velocity, flow.target(x0, noise), _units(setting, batch))
 
 
@@ -96,12 +106,13 @@ def _units(setting: StepConfig, batch: Batch) -> jax.Array:
     return (jax.nn.one_hot(unit, setting.references + 1) * weight[..., None])[:, :, None]
 
 
-def train_step(state: TrainState, batch: Batch, setting: StepConfig, optimizer: optax.GradientTransformation
-               ) -> tuple[TrainState, dict[str, jax.Array]]:
+def train_step(state: TrainState, batch: Batch, setting: StepConfig, optimizer: optax.GradientTransformation,
+               frozen: Any = None) -> tuple[TrainState, dict[str, jax.Array]]:
     """One update, at noise and noise levels that the seed and the step decide.
 
-    A loss or gradient that is not finite leaves parameters, optimizer and average as they were. The optimizer may take
-    the step as an extra argument (`acejax.train.optimizer`).
+    The gradient is that of `state.params` alone: `frozen` (as `whole` says) has none, and no moments. A loss or
+    gradient that is not finite leaves parameters, optimizer and average as they were. The optimizer may take the step
+    as an extra argument (`acejax.train.optimizer`).
 
     Returns:
       The next state, and metrics: `loss` and its parts (`acejax.flow.parts`, with groups `task` and `sigma`),
@@ -112,7 +123,7 @@ def train_step(state: TrainState, batch: Batch, setting: StepConfig, optimizer: 
     sigma = flow.sample_sigma(sigma_key, shape[:1], setting.sigma_shift, setting.sigma_spread)
     noise = jax.random.normal(noise_key, shape, jnp.float32)
 
-    gradient, errors, weights = _gradient(state.params, setting, batch, noise, sigma)
+    gradient, errors, weights = _gradient(state.params, setting, batch, noise, sigma, frozen)
     bins = jnp.int32(sigma * SIGMA_BINS)  # sigma < 1, but for rounding: one_hot has nothing at SIGMA_BINS
     loss, parts = flow.parts(errors, weights, {
         "task": (batch["task"], setting.tasks), "sigma": (jnp.minimum(bins, SIGMA_BINS - 1), SIGMA_BINS)})
@@ -135,14 +146,14 @@ def train_step(state: TrainState, batch: Batch, setting: StepConfig, optimizer: 
     return TrainState(state.step + 1, *changed, state.skipped + skipped), metrics
 
 
-def _gradient(params: Any, setting: StepConfig, batch: Batch, noise: jax.Array, sigma: jax.Array
+def _gradient(params: Any, setting: StepConfig, batch: Batch, noise: jax.Array, sigma: jax.Array, frozen: Any = None
               ) -> tuple[Any, jax.Array, jax.Array]:
     """The gradient of the loss in float32 (or the parameters' dtype, without accumulation), errors and weights."""
     total = jnp.maximum(64 * _units(setting, batch).sum(), 1e-9)
 
     def part(carry, xs):
         def loss(params):
-            errors, weights = velocity_errors(params, setting, *xs)
+            errors, weights = velocity_errors(params, setting, *xs, frozen=frozen)
             return errors.sum() / total, (errors, weights)
 
         gradient, sums = jax.grad(loss, has_aux=True)(params)

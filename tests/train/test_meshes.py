@@ -56,6 +56,18 @@ def test_every_mesh_has_the_losses_of_one_device(expected, tmp_path):
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("base", ["float32", "int8"])
+def test_a_lora_has_its_losses_on_every_mesh(tmp_path, base):
+    """The base lies by the rules of the parameters, the factors by theirs."""
+    meshed.run(tmp_path / "one", {"lora": base}, STEPS)
+    process = start(str(tmp_path), str(STEPS), json.dumps({name: mesh | {"lora": base} for name, mesh in ONE.items()}))
+    _, said = process.communicate(timeout=600)
+    assert process.returncode == 0, said
+    for name in ONE:
+        np.testing.assert_allclose(losses(tmp_path / name), losses(tmp_path / "one"), rtol=1e-4, err_msg=name)
+
+
+@pytest.mark.long
 def test_two_processes_have_the_losses_of_one_device(expected, tmp_path):
     port = free_port()
     pair = [start(str(tmp_path), str(STEPS), json.dumps(TWO), port, str(index)) for index in range(2)]

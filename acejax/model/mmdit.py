@@ -203,34 +203,46 @@ class MMDiT(nn.Module):
     config: MMDiTConfig
     execution: Execution = Execution()
 
-    @nn.compact
-    def __call__(self, tokens: Tokens) -> jax.Array:
+    def setup(self):
         c, e = self.config, self.execution
-        embed = functools.partial(Embedder, c, e)
-        vec = embed(name="time_in")(timestep_embedding(tokens.sigma)) + embed(name="vector_in")(tokens.pooled)
+        self.time_in, self.vector_in = Embedder(c, e), Embedder(c, e)
         if c.guidance_embed:
-            vec = vec + embed(name="guidance_in")(timestep_embedding(tokens.guidance))
-        image = Dense((c.hidden_size,), e.dtype, name="img_in")(tokens.image)
-        text = Dense((c.hidden_size,), e.dtype, name="txt_in")(tokens.text)
+            self.guidance_in = Embedder(c, e)
+        self.img_in, self.txt_in = Dense((c.hidden_size,), e.dtype), Dense((c.hidden_size,), e.dtype)
+        self.double_blocks = _stack(DoubleBlock, c, e, c.depth)
+        self.single_blocks = _stack(SingleBlock, c, e, c.depth_single_blocks)
+        self.final_layer = FinalLayer(c, e)
+
+    def __call__(self, tokens: Tokens) -> jax.Array:
+        streams, vec, rope, lengths = self.embed(tokens)
+        streams, _ = self.double_blocks(streams, vec, rope, lengths)
+        x, _ = self.single_blocks(jnp.concatenate(streams, axis=1), vec, rope, lengths)
+        return self.head(x, vec, streams[0].shape[1])
+
+    def embed(self, tokens: Tokens):
+        """What blocks work on: the (text, image) streams, and vec, rope and lengths, which all of them see."""
+        vec = self.time_in(timestep_embedding(tokens.sigma)) + self.vector_in(tokens.pooled)
+        if self.config.guidance_embed:
+            vec = vec + self.guidance_in(timestep_embedding(tokens.guidance))
+        image, text = self.img_in(tokens.image), self.txt_in(tokens.text)
         text_size = text.shape[1]
-
         positions = jnp.pad(tokens.positions, ((0, 0), (text_size, 0), (0, 0)))
-        rope = rotations(positions, c.axes_dim, c.theta)
-        lengths = None if tokens.lengths is None else text_size + tokens.lengths
-        (text, image), _ = _stack(DoubleBlock, c, e, c.depth, "double_blocks")((text, image), vec, rope, lengths)
-        x = jnp.concatenate([text, image], axis=1)
-        x, _ = _stack(SingleBlock, c, e, c.depth_single_blocks, "single_blocks")(x, vec, rope, lengths)
-        return FinalLayer(c, e, name="final_layer")(x[:, text_size:], vec)
+        rope = rotations(positions, self.config.axes_dim, self.config.theta)
+        return (text, image), vec, rope, None if tokens.lengths is None else text_size + tokens.lengths
+
+    def head(self, x: jax.Array, vec: jax.Array, text_size: int) -> jax.Array:
+        """The velocity, from what the last block made of text and image."""
+        return self.final_layer(x[:, text_size:], vec)
 
 
-def _stack(block, config: MMDiTConfig, execution: Execution, length: int, name: str):
+def _stack(block, config: MMDiTConfig, execution: Execution, length: int):
     """`length` blocks as one scan: stacked parameters, one compiled body."""
     if execution.remat != "none":
         policy = {"full": None, "attention": jax.checkpoint_policies.save_only_these_names("attention")}
         block = nn.remat(block, policy=policy[execution.remat], prevent_cse=False)  # False: inside a scan
     stack = nn.scan(block, length=length, in_axes=nn.broadcast, variable_axes={"params": 0, "lora": 0, "quant": 0},
                     split_rngs={"params": True})
-    return stack(config, execution, name=name)
+    return stack(config, execution)
 
 
 def example(config: MMDiTConfig, batch: int = 1, image: int = 4, text: int = 1, dtype: Any = jnp.float32) -> Tokens:

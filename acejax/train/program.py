@@ -6,15 +6,15 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import optax
 from jax.sharding import Mesh
 
 from acejax.model.config import Execution
 from acejax.parallel import rules
 from acejax.train.config import TrainConfig
+from acejax.train.fused import fused_step
 from acejax.train.optimizer import make_optimizer
 from acejax.train.start import load_start
-from acejax.train.step import StepConfig, TrainState, init_state, train_step
+from acejax.train.step import Optimizer, StepConfig, TrainState, init_state, train_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Program:
     run: TrainConfig
     mesh: Mesh
     setting: StepConfig
-    optimizer: optax.GradientTransformation
+    optimizer: Optimizer
     state: TrainState
     step: Callable[..., Any]
 
@@ -42,7 +42,8 @@ class Program:
         setting, optimizer = run.setting(execution, references, tasks), make_optimizer(run.optimizer, run.steps)
         shapes = jax.eval_shape(functools.partial(init_state, setting, optimizer))
         placement = rules.shardings(shapes, mesh)
-        step = jax.jit(functools.partial(train_step, setting=setting, optimizer=optimizer), donate_argnums=0,
+        step = fused_step if run.optimizer.fused else train_step
+        step = jax.jit(functools.partial(step, setting=setting, optimizer=optimizer), donate_argnums=0,
                        out_shardings=(placement, placement.step))
         return cls(run, mesh, setting, optimizer, place(shapes, placement), step)
 
@@ -52,7 +53,7 @@ class Program:
                                   out_shardings=jax.tree.map(lambda leaf: leaf.sharding, self.state))
         if not self.run.init_from:
             return begin()(self.setting, self.optimizer)
-        params = load_start(self.run.init_from, self.run.model, self.mesh)
+        params = load_start(self.run.init_from, self.run.model, self.mesh, self.setting.param_dtype)
         return begin(donate_argnums=2)(self.setting, self.optimizer, params)
 
 

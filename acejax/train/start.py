@@ -33,8 +33,8 @@ def check_start(source: str, config: MMDiTConfig) -> None:
         _open(source, config)
 
 
-def load_start(source: str, config: MMDiTConfig, mesh: Mesh) -> Any:
-    """Parameters to start from, in float32 on the mesh, by the rules of `acejax.parallel.rules`.
+def load_start(source: str, config: MMDiTConfig, mesh: Mesh, dtype: Any = jnp.float32) -> Any:
+    """Parameters to start from, in `dtype` on the mesh, by the rules of `acejax.parallel.rules`.
 
     64 channels (text to image) or 384 (Fill) grow to the model's by columns of zeros, each block of columns at its
     place, so that the velocity stays what it was. Of a run that averages its parameters, the average is taken.
@@ -49,7 +49,7 @@ def load_start(source: str, config: MMDiTConfig, mesh: Mesh) -> Any:
     """
     check_start(source, config)
     if not _is_orbax(source):
-        return load(_open(source, config), mesh, jnp.float32)[1]
+        return load(_open(source, config), mesh, jnp.dtype(dtype))[1]
     place = functools.partial(rules.shardings, mesh=mesh)
     found, params = checkpoint.load_weights(source, ema=True, place=place)
     blocks = identify.columns(found.in_channels, config.in_channels)
@@ -60,7 +60,7 @@ def load_start(source: str, config: MMDiTConfig, mesh: Mesh) -> Any:
             wide = wide.at[first:first + old.stop - old.start].set(kernel[old])
         return wide
 
-    params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
+    params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
     kernel = params["img_in"]["kernel"]
     shardings = place({"img_in": {"kernel": jax.eval_shape(widen, kernel)}})["img_in"]
     params["img_in"]["kernel"] = jax.jit(widen, out_shardings=shardings["kernel"])(kernel)

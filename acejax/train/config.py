@@ -51,7 +51,7 @@ class OptimizerConfig:
       param_dtype: that parameters are kept in: "float32", or with Adafactor "bfloat16", then with
       rounding: "stochastic", or "nearest", by which small updates are lost.
       fused: Adafactor moves each block as soon as its gradient is there, so that no more than one block's ever is
-        (`acejax.train.fused`): on one device, without clip and accumulate.
+        (`acejax.train.fused`): on one device, without clip and accumulate, with execution.remat="full".
     """
 
     learning_rate: float
@@ -85,8 +85,8 @@ class OptimizerConfig:
             field = "fused" if self.fused else "param_dtype"
             raise UserError(f"{field} is {getattr(self, field)!r} and name {self.name!r}; expected name='adafactor'")
         if self.fused and self.clip:
-            raise UserError(f"clip is {self.clip} and fused True: the whole gradient's norm is known only when all blocks "
-                            "have been moved; expected clip=0 (Adafactor bounds each layer's update itself)")
+            raise UserError(f"clip is {self.clip} and fused True: the whole gradient's norm is known only when all "
+                            "blocks have been moved; expected clip=0 (Adafactor bounds each layer's update itself)")
         if self.fused and self.accumulate > 1:
             raise UserError(f"accumulate is {self.accumulate} and fused True: blocks are moved by the gradient of a "
                             "whole batch; expected accumulate=1")
@@ -242,6 +242,12 @@ class TrainConfig:
             raise UserError(f"config.execution.remat is {run.execution.remat!r} and config.optimizer.fused True, which "
                             "recomputes each block; expected 'full'")
         return run
+
+    def check_devices(self, devices: int) -> None:
+        """Raises UserError when the run can't be on so many devices."""
+        if self.optimizer.fused and devices > 1:
+            raise UserError(f"config.optimizer.fused is True on {devices} devices; it is made for one: expected False, "
+                            "where config.mesh shards parameters and gradients (fsdp)")
 
     def setting(self, execution: Execution, references: int, tasks: int) -> StepConfig:
         """The static part of a step."""

@@ -35,11 +35,11 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> Optimizer:
-    """AdamW, or Muon for the blocks' kernels and AdamW for the rest, or Adafactor, after clipping by the global norm.
+    """AdamW, Muon for the blocks' kernels and AdamW for the rest, or Adafactor, after clipping by the global norm.
 
-    AdamW's and Muon's moments have the parameters' dtype. `update` wants the run's `step` as an extra argument, so that a skipped step
-    does not put the learning rate off. A rate fits both: Muon's updates are scaled to the size of AdamW's
-    (arXiv 2502.16982).
+    AdamW's and Muon's moments have the parameters' dtype; their `update` wants the run's `step` as an extra argument,
+    so that a skipped step does not put the learning rate off. A rate fits all: Muon's updates are scaled to the size of
+    AdamW's (arXiv 2502.16982).
     """
     if config.name == "adafactor":
         return Adafactor(learning_rate(config, steps), config.weight_decay, config.clip,

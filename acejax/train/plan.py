@@ -139,6 +139,7 @@ def plan(run: TrainConfig, buckets: Mapping[int, int], text: int, chip: Chip | N
 def _plan(run: TrainConfig, buckets: Mapping[int, int], text: int, chip: Chip | None, devices: int,
           efficiency: float) -> Plan:
     mesh = abstract_mesh(run.mesh, devices)
+    run.check_devices(devices)
     rules.check_heads(mesh, run.model.num_heads)
     rules.check_tokens(mesh, "text", text)
     backend = "cpu" if chip is None else chip.platform
@@ -177,7 +178,8 @@ def _sent(run: TrainConfig, mesh, samples: int, tokens: int) -> float:
     """
     size = 2 if run.execution.dtype == "bfloat16" else 4
     data, fsdp, tensor, seq = (mesh.shape[axis] for axis in AXES)
-    parameters = size * state_bytes(run.model, run.optimizer, abstract_mesh({}, 1))[0] / 4 / tensor
+    kept = 2 if run.optimizer.param_dtype == "bfloat16" else 4
+    parameters = size * state_bytes(run.model, run.optimizer, abstract_mesh({}, 1))[0] / kept / tensor
     activation = size * samples / (data * fsdp) * tokens / seq * run.model.hidden_size
     blocks, passes = run.model.depth + run.model.depth_single_blocks, 2 if run.execution.remat == "none" else 3
     return (3 * parameters * run.optimizer.accumulate * (fsdp - 1) / fsdp

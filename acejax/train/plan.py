@@ -18,6 +18,7 @@ from acejax.train.plan_memory import Memory, attention_of, memory, state_bytes
 
 USABLE = 0.95  # of a device's memory; the runtime takes some
 GB, TERA = 1e9, 1e12
+ONE_CARD = {"name": "adafactor", "param_dtype": "bfloat16", "fused": True, "clip": 0.0, "accumulate": 1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,9 +205,13 @@ def _advice(run: TrainConfig, found: Plan, buckets: Mapping[int, int]) -> str:
         names[name.partition("=")[0]] = name
         if len(names) > 1 and fits(together):
             return f"{' and '.join(names.values())} make it fit"
+    one_card = dataclasses.replace(run.optimizer, **ONE_CARD)
+    if found.devices == 1 and fits(dataclasses.replace(run, optimizer=one_card)):
+        return f"config.optimizer of {', '.join(f'{name}={value}' for name, value in ONE_CARD.items())} makes it fit"
     for power in range(1, 11):
         factor = 2**power
-        wider = dataclasses.replace(together, mesh={"fsdp": -1})
+        wider = dataclasses.replace(together, mesh={"fsdp": -1},
+                                    optimizer=dataclasses.replace(together.optimizer, fused=False))
         if fits(wider, found.devices * factor, {tokens: count * factor for tokens, count in buckets.items()}):
             also = f" with {' and '.join(names.values())}" if names else ""
             return f"{found.devices * factor} devices, sharded over fsdp{also}, make it fit"

@@ -217,27 +217,40 @@ class MMDiT(nn.Module):
     config: MMDiTConfig
     execution: Execution = Execution()
 
-    @nn.compact
-    def __call__(self, tokens: Tokens, modulation: Params | None = None) -> jax.Array:
+    def setup(self):
         c, e = self.config, self.execution
-        vec = conditioning(c, lambda name, x: Embedder(c, e, name=name)(x), tokens.sigma, tokens.pooled,
-                           tokens.guidance) if modulation is None else None
-        image = Dense((c.hidden_size,), e.dtype, name="img_in")(tokens.image)
-        text = Dense((c.hidden_size,), e.dtype, name="txt_in")(tokens.text)
-        text_size = text.shape[1]
+        self.time_in, self.vector_in = Embedder(c, e), Embedder(c, e)
+        if c.guidance_embed:
+            self.guidance_in = Embedder(c, e)
+        self.img_in, self.txt_in = Dense((c.hidden_size,), e.dtype), Dense((c.hidden_size,), e.dtype)
+        self.double_blocks = _stack(DoubleBlock, c, e, c.depth)
+        self.single_blocks = _stack(SingleBlock, c, e, c.depth_single_blocks)
+        self.final_layer = FinalLayer(c, e)
 
-        positions = jnp.pad(tokens.positions, ((0, 0), (text_size, 0), (0, 0)))
-        rope = rotations(positions, c.axes_dim, c.theta)
-        lengths = None if tokens.lengths is None else text_size + tokens.lengths
+    def __call__(self, tokens: Tokens, modulation: Params | None = None) -> jax.Array:
+        streams, vec, rope, lengths = self.embed(tokens, modulation is not None)
         given = dict.fromkeys(("double_blocks", "single_blocks", "final_layer")) if modulation is None else modulation
-        double = _stack(DoubleBlock, c, e, c.depth, "double_blocks")
-        (text, image), _ = double((text, image), given["double_blocks"], vec, rope, lengths)
-        single = _stack(SingleBlock, c, e, c.depth_single_blocks, "single_blocks")
-        x, _ = single(jnp.concatenate([text, image], axis=1), given["single_blocks"], vec, rope, lengths)
-        return FinalLayer(c, e, name="final_layer")(x[:, text_size:], vec, given["final_layer"])
+        streams, _ = self.double_blocks(streams, given["double_blocks"], vec, rope, lengths)
+        x, _ = self.single_blocks(jnp.concatenate(streams, axis=1), given["single_blocks"], vec, rope, lengths)
+        return self.head(x, vec, streams[0].shape[1], given["final_layer"])
+
+    def embed(self, tokens: Tokens, modulated: bool = False):
+        """What blocks work on: the (text, image) streams, and vec (None where modulation is given), rope and lengths,
+        which all of them see."""
+        vec = None if modulated else conditioning(
+            self.config, lambda name, x: getattr(self, name)(x), tokens.sigma, tokens.pooled, tokens.guidance)
+        image, text = self.img_in(tokens.image), self.txt_in(tokens.text)
+        text_size = text.shape[1]
+        positions = jnp.pad(tokens.positions, ((0, 0), (text_size, 0), (0, 0)))
+        rope = rotations(positions, self.config.axes_dim, self.config.theta)
+        return (text, image), vec, rope, None if tokens.lengths is None else text_size + tokens.lengths
+
+    def head(self, x: jax.Array, vec: jax.Array | None, text_size: int, given: jax.Array | None = None) -> jax.Array:
+        """The velocity, from what the last block made of text and image."""
+        return self.final_layer(x[:, text_size:], vec, given)
 
 
-def _stack(block, config: MMDiTConfig, execution: Execution, length: int, name: str):
+def _stack(block, config: MMDiTConfig, execution: Execution, length: int):
     """`length` blocks as one scan: stacked parameters, one compiled body."""
     if execution.remat != "none":
         policy = {"full": None, "attention": jax.checkpoint_policies.save_only_these_names("attention")}
@@ -245,7 +258,7 @@ def _stack(block, config: MMDiTConfig, execution: Execution, length: int, name: 
     in_axes = (0, nn.broadcast, nn.broadcast, nn.broadcast)  # a modulation that is given is each layer's own
     stack = nn.scan(block, length=length, in_axes=in_axes, variable_axes={"params": 0, "lora": 0, "quant": 0},
                     split_rngs={"params": True})
-    return stack(config, execution, name=name)
+    return stack(config, execution)
 
 
 def example(config: MMDiTConfig, batch: int = 1, image: int = 4, text: int = 1, dtype: Any = jnp.float32) -> Tokens:

@@ -39,16 +39,20 @@ class OptimizerConfig:
     """How parameters follow their gradient.
 
     Attributes:
-      name: "adamw" or "muon".
+      name: "adamw", "muon" or "adafactor".
       learning_rate: the greatest.
       schedule: "cosine" or "linear" to 0 at the run's end, or "constant", after
       warmup: a share of the steps.
       b1, b2, eps: AdamW's.
       momentum: Muon's.
       weight_decay: of all parameters.
-      clip: the greatest global norm of a gradient.
+      clip: the greatest global norm of a gradient, 0 for none.
       accumulate: parts that a batch is computed in.
       ema: decay of the averaged parameters, which are judged and exported; 0 for none.
+      param_dtype: that parameters are kept in: "float32", or with Adafactor "bfloat16", then with
+      rounding: "stochastic", or "nearest", by which small updates are lost.
+      fused: Adafactor moves each block as soon as its gradient is there, so that no more than one block's ever is
+        (`acejax.train.fused`): on one device, without clip and accumulate, with execution.remat="full".
     """
 
     learning_rate: float
@@ -63,18 +67,30 @@ class OptimizerConfig:
     clip: float = 1.0
     accumulate: int = 1
     ema: float = 0.0
+    param_dtype: str = "float32"
+    rounding: str = "stochastic"
+    fused: bool = False
 
     def __post_init__(self):
-        for field, known in (("name", ("adamw", "muon")), ("schedule", ("cosine", "linear", "constant"))):
+        for field, known in (("name", ("adamw", "muon", "adafactor")), ("schedule", ("cosine", "linear", "constant")),
+                             ("param_dtype", ("float32", "bfloat16")), ("rounding", ("stochastic", "nearest"))):
             if getattr(self, field) not in known:
                 raise UserError(f"{field} is {getattr(self, field)!r}; known: {', '.join(known)}")
         for field in ("warmup", "b1", "b2", "momentum", "ema"):
             if not 0 <= getattr(self, field) < 1:
                 raise UserError(f"{field} is {getattr(self, field)}; expected 0 or more, below 1")
-        _at_least(self, learning_rate=0, weight_decay=0, accumulate=1)
-        for field in ("eps", "clip"):
-            if getattr(self, field) <= 0:
-                raise UserError(f"{field} is {getattr(self, field)}; expected above 0")
+        _at_least(self, learning_rate=0, weight_decay=0, clip=0, accumulate=1)
+        if self.eps <= 0:
+            raise UserError(f"eps is {self.eps}; expected above 0")
+        if self.name != "adafactor" and (self.fused or self.param_dtype != "float32"):
+            field = "fused" if self.fused else "param_dtype"
+            raise UserError(f"{field} is {getattr(self, field)!r} and name {self.name!r}; expected name='adafactor'")
+        if self.fused and self.clip:
+            raise UserError(f"clip is {self.clip} and fused True: the whole gradient's norm is known only when all "
+                            "blocks have been moved; expected clip=0 (Adafactor bounds each layer's update itself)")
+        if self.fused and self.accumulate > 1:
+            raise UserError(f"accumulate is {self.accumulate} and fused True: blocks are moved by the gradient of a "
+                            "whole batch; expected accumulate=1")
 
 
 BASES = ("float32", "bfloat16", "int8", "float8")
@@ -268,9 +284,22 @@ class TrainConfig:
         if run.model.in_channels not in (64, made := 448 if split else 384):
             raise UserError(f"config.model.in_channels is {run.model.in_channels}; with config.data.canvas.split="
                             f"{split} the data makes {made} (64 trains a text-to-image model on the targets alone)")
+        if run.lora and (run.optimizer.fused or run.optimizer.param_dtype != "float32"):
+            raise UserError("config.lora with config.optimizer.fused or param_dtype='bfloat16': a LoRA's factors are "
+                            "small, and trained in float32 by the ordinary step")
+        if run.optimizer.fused and run.execution.remat != "full":
+            raise UserError(f"config.execution.remat is {run.execution.remat!r} and config.optimizer.fused True, which "
+                            "recomputes each block; expected 'full'")
         return run
+
+    def check_devices(self, devices: int) -> None:
+        """Raises UserError when the run can't be on so many devices."""
+        if self.optimizer.fused and devices > 1:
+            raise UserError(f"config.optimizer.fused is True on {devices} devices; it is made for one: expected False, "
+                            "where config.mesh shards parameters and gradients (fsdp)")
 
     def setting(self, execution: Execution, references: int, tasks: int) -> StepConfig:
         """The static part of a step."""
         return StepConfig(self.model, execution, references, tasks, **dataclasses.asdict(self.loss), seed=self.seed,
-                          accumulate=self.optimizer.accumulate, ema=self.optimizer.ema)
+                          accumulate=self.optimizer.accumulate, ema=self.optimizer.ema,
+                          param_dtype=self.optimizer.param_dtype)

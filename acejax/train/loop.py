@@ -52,6 +52,7 @@ def check(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> tuple[T
     """
     run = TrainConfig.of(config)
     mesh = meshes.make_mesh(run.mesh)
+    run.check_devices(mesh.size)
     rules.check_heads(mesh, run.model.num_heads)
     for _, size in config.get("data", {}).get("batch_sizes", ()):
         rules.check_batch(mesh, size, run.optimizer.accumulate)

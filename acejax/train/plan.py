@@ -20,6 +20,7 @@ from acejax.train.plan_memory import Memory, attention_of, memory, state_bytes
 
 USABLE = 0.95  # of a device's memory; the runtime takes some
 GB, TERA = 1e9, 1e12
+ONE_CARD = {"name": "adafactor", "param_dtype": "bfloat16", "fused": True, "clip": 0.0, "accumulate": 1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,6 +142,7 @@ def plan(run: TrainConfig, buckets: Mapping[int, int], text: int, chip: Chip | N
 def _plan(run: TrainConfig, buckets: Mapping[int, int], text: int, chip: Chip | None, devices: int,
           efficiency: float) -> Plan:
     mesh = abstract_mesh(run.mesh, devices)
+    run.check_devices(devices)
     rules.check_heads(mesh, run.model.num_heads)
     rules.check_tokens(mesh, "text", text)
     backend = "cpu" if chip is None else chip.platform
@@ -182,8 +184,9 @@ def _sent(run: TrainConfig, mesh, samples: int, tokens: int) -> float:
     """
     size = 2 if run.execution.dtype == "bfloat16" else 4
     data, fsdp, tensor, seq = (mesh.shape[axis] for axis in AXES)
+    kept = 2 if run.optimizer.param_dtype == "bfloat16" else 4
     frozen, trained, _ = state_bytes(run.model, run.lora, run.optimizer, abstract_mesh({}, 1))
-    parameters, frozen = size * trained / 4 / tensor, frozen / tensor
+    parameters, frozen = size * trained / kept / tensor, frozen / tensor
     activation = size * samples / (data * fsdp) * tokens / seq * run.model.hidden_size
     blocks, passes = run.model.depth + run.model.depth_single_blocks, 2 if run.execution.remat == "none" else 3
     return ((3 * parameters + 2 * frozen) * run.optimizer.accumulate * (fsdp - 1) / fsdp
@@ -215,9 +218,13 @@ def _advice(run: TrainConfig, found: Plan, buckets: Mapping[int, int], most: flo
         names[name.partition("=")[0]] = name
         if len(names) > 1 and fits(together):
             return f"{' and '.join(names.values())} make it fit"
+    one_card = dataclasses.replace(run.optimizer, **ONE_CARD)
+    if found.devices == 1 and fits(dataclasses.replace(run, optimizer=one_card)):
+        return f"config.optimizer of {', '.join(f'{name}={value}' for name, value in ONE_CARD.items())} makes it fit"
     for power in range(1, 11):
         factor = 2**power
-        wider = dataclasses.replace(together, mesh={"fsdp": -1})
+        wider = dataclasses.replace(together, mesh={"fsdp": -1},
+                                    optimizer=dataclasses.replace(together.optimizer, fused=False))
         if fits(wider, found.devices * factor, {tokens: count * factor for tokens, count in buckets.items()}):
             also = f" with {' and '.join(names.values())}" if names else ""
             return f"{found.devices * factor} devices, sharded over fsdp{also}, make it fit"

@@ -19,13 +19,13 @@ from acejax.parallel import mesh as meshes
 from acejax.parallel import rules
 from acejax.train.config import TrainConfig
 from acejax.train.program import Program, place
+from acejax.train.stacks import STACKS
 
 # A CPU multiplies bfloat16 matrices in float32, and XLA's loop-invariant code motion then converts what all layers have
 # saved ahead of the scan; no other backend has that. Its scheduler starts what can run beside each other, where those
 # of a GPU and a TPU keep memory low. (Options by flag: the scheduler, and no effort for the speed of the code.)
 OPTIONS = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
 FLAGS = "--xla_cpu_enable_concurrency_optimized_scheduler=false --xla_backend_optimization_level=0"
-STACKS = ("double_blocks", "single_blocks")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 from jax.sharding import Mesh
 
 from acejax.model import mmdit
@@ -15,9 +14,10 @@ from acejax.model.config import Execution
 from acejax.parallel import rules
 from acejax.train import lora
 from acejax.train.config import TrainConfig
+from acejax.train.fused import fused_step
 from acejax.train.optimizer import make_optimizer
 from acejax.train.start import load_start
-from acejax.train.step import StepConfig, TrainState, init_state, train_step
+from acejax.train.step import Optimizer, StepConfig, TrainState, init_state, train_step
 from acejax.weights import trees
 
 
@@ -36,7 +36,7 @@ class Program:
     run: TrainConfig
     mesh: Mesh
     setting: StepConfig
-    optimizer: optax.GradientTransformation
+    optimizer: Optimizer
     state: TrainState
     frozen: Any
     step: Callable[..., Any]
@@ -54,7 +54,8 @@ class Program:
             frozen = place(frozen, rules.shardings(frozen, mesh))
         shapes = jax.eval_shape(functools.partial(init_state, setting, optimizer), params)
         placement = rules.shardings(shapes, mesh)
-        step = jax.jit(functools.partial(train_step, setting=setting, optimizer=optimizer), donate_argnums=0,
+        step = fused_step if run.optimizer.fused else train_step
+        step = jax.jit(functools.partial(step, setting=setting, optimizer=optimizer), donate_argnums=0,
                        out_shardings=(placement, placement.step))
         return cls(run, mesh, setting, optimizer, place(shapes, placement), frozen, step)
 
@@ -65,7 +66,7 @@ class Program:
         if self.run.lora:
             params = self._factors(0, self.state.params)
         elif self.run.init_from:
-            params = load_start(self.run.init_from, self.run.model, self.mesh)
+            params = load_start(self.run.init_from, self.run.model, self.mesh, self.setting.param_dtype)
         else:
             return begin()(self.setting, self.optimizer)
         return begin(donate_argnums=2)(self.setting, self.optimizer, params)

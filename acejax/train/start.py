@@ -60,7 +60,7 @@ def load_start(source: str, config: MMDiTConfig, mesh: Mesh, dtype: Any = jnp.fl
     """
     check_start(source, config)
     if not _is_orbax(source):
-        return load(_open(source, config), mesh, dtype, each)[1]
+        return load(_open(source, config), mesh, jnp.dtype(dtype), each)[1]
     place = functools.partial(rules.shardings, mesh=mesh)
     found, params = checkpoint.load_weights(source, ema=True, place=place)
     blocks = identify.columns(found.in_channels, config.in_channels)

@@ -2,7 +2,7 @@
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -66,15 +66,20 @@ def load(model: Model, mesh: Mesh | None = None, dtype: Any = None,
 
     `each` gives what shall stand in a leaf's place, from its path: a model that is quantised is never there twice.
     """
-    shapes = keymaps.leaf_shapes(model.config)
-    placement = _placement(shapes, mesh)
-    get = model.tensors.__getitem__
-    leaves = {}
+    placement = _placement(keymaps.leaf_shapes(model.config), mesh)
+    held = {}
+    for path, shape, read in leaves(model, dtype):
+        leaf = put(shape, read, placement[path])
+        held |= {path: leaf} if each is None else each(path, leaf)
+    return model.config, unflatten_dict(held, sep="/")
+
+
+def leaves(model: Model, dtype: Any = None) -> Iterator[tuple[str, layout.Shape, Callable[..., np.ndarray]]]:
+    """(path, shape, read) of each leaf of a model that is open; `read` as for `put`, `dtype` as for `load_mmdit`."""
+    shapes, get = keymaps.leaf_shapes(model.config), model.tensors.__getitem__
     for path, copies in layout.grouped(keymaps.plan_for(model.config, model.layout), "path").items():
-        read = functools.partial(layout.leaf, copies, shapes[path], get, dtype or layout.dtype_of(copies, get))
-        leaf = put(shapes[path], read, placement[path])
-        leaves |= {path: leaf} if each is None else each(path, leaf)
-    return model.config, unflatten_dict(leaves, sep="/")
+        stored = dtype or layout.dtype_of(copies, get)
+        yield path, shapes[path], functools.partial(layout.leaf, copies, shapes[path], get, stored)
 
 
 def _placement(shapes: dict[str, layout.Shape], mesh: Mesh | None) -> dict[str, NamedSharding | None]:

@@ -1,17 +1,19 @@
 """`python -m tests.train.meshed WORKDIR STEPS MESHES [PORT PROCESS [SILENCE]]`: the small run on mesh after mesh.
 
 MESHES is JSON, {name: mesh}; each is trained in WORKDIR/name, and where a mesh has "lora", one on weights that stay as
-they are, held as it says. With PORT it is one of two processes of four devices,
-without one process of eight.
+they are, held as it says. With PORT it is one of two processes of four devices, without one process of as many as
+the meshes need.
 """
 
 import json
+import math
 import os
 import pathlib
 import sys
 
 if __name__ == "__main__":
-    devices = 4 if len(sys.argv) > 4 else 8
+    devices = 4 if len(sys.argv) > 4 else max(math.prod(size for size in mesh.values() if isinstance(size, int))
+                                              for mesh in json.loads(sys.argv[3]).values())
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
 
 import jax

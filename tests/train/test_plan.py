@@ -110,7 +110,8 @@ def test_memory_of_a_lora_is_what_xla_found(base, given, beside):
     (dataclasses.replace(RUN, mesh={"data": -1}), "h100x8", 1, "config.mesh of fsdp alone makes it fit"),
     (change(RUN, "optimizer", ema=0.999), "v5e-24", 1, "config.optimizer.ema=0 makes it fit"),
     (LORA, "v6e-1", 1, "config.lora.base=int8 makes it fit"),
-    (RUN, "h100x1", 1, "4 devices, sharded over fsdp with config.execution.attention=cudnn, make it fit"),
+    (RUN, "h100x1", 1, "config.optimizer of name=adafactor, param_dtype=bfloat16, fused=True, clip=0.0, accumulate=1 "
+     "makes it fit"),
 ])
 def test_what_does_not_fit_is_told_what_would(run, name, samples, advice):
     found = of(run, name, samples)

@@ -218,23 +218,29 @@ class MMDiT(nn.Module):
     execution: Execution = Execution()
 
     @nn.compact
-    def __call__(self, tokens: Tokens, modulation: Params | None = None) -> jax.Array:
+    def __call__(self, tokens: Tokens, modulation: Params | None = None, residual: jax.Array | None = None
+                 ) -> tuple[jax.Array, jax.Array]:
         c, e = self.config, self.execution
         vec = conditioning(c, lambda name, x: Embedder(c, e, name=name)(x), tokens.sigma, tokens.pooled,
                            tokens.guidance) if modulation is None else None
-        image = Dense((c.hidden_size,), e.dtype, name="img_in")(tokens.image)
+        given = dict.fromkeys(("double_blocks", "single_blocks", "final_layer")) if modulation is None else modulation
+        image = before = Dense((c.hidden_size,), e.dtype, name="img_in")(tokens.image)
+        final = FinalLayer(c, e, name="final_layer")
+        if residual is not None:
+            before, residual = (e.constrain(x, "hidden") for x in (before, residual))
+            return final(before + residual, vec, given["final_layer"]), residual
         text = Dense((c.hidden_size,), e.dtype, name="txt_in")(tokens.text)
         text_size = text.shape[1]
 
         positions = jnp.pad(tokens.positions, ((0, 0), (text_size, 0), (0, 0)))
         rope = rotations(positions, c.axes_dim, c.theta)
         lengths = None if tokens.lengths is None else text_size + tokens.lengths
-        given = dict.fromkeys(("double_blocks", "single_blocks", "final_layer")) if modulation is None else modulation
         double = _stack(DoubleBlock, c, e, c.depth, "double_blocks")
         (text, image), _ = double((text, image), given["double_blocks"], vec, rope, lengths)
         single = _stack(SingleBlock, c, e, c.depth_single_blocks, "single_blocks")
         x, _ = single(jnp.concatenate([text, image], axis=1), given["single_blocks"], vec, rope, lengths)
-        return FinalLayer(c, e, name="final_layer")(x[:, text_size:], vec, given["final_layer"])
+        x = x[:, text_size:]
+        return final(x, vec, given["final_layer"]), e.constrain(x - e.constrain(before, "hidden"), "hidden")
 
 
 def _stack(block, config: MMDiTConfig, execution: Execution, length: int, name: str):
@@ -284,6 +290,16 @@ def apply(config: MMDiTConfig, params: Params, tokens: Tokens, *, lora: Params |
     Raises:
       ValueError: tokens whose channels are not the config's, or a `lora` for layers that the model does not have.
     """
+    return forward(config, params, tokens, lora=lora, quant=quant, modulation=modulation, execution=execution)[0]
+
+
+def forward(config: MMDiTConfig, params: Params, tokens: Tokens, *, lora: Params | None = None,
+            quant: Params | None = None, modulation: Params | None = None, residual: jax.Array | None = None,
+            execution: Execution = Execution()) -> tuple[jax.Array, jax.Array]:
+    """As `apply`, with what the blocks have added to the image's tokens, [B, S, hidden_size], beside the velocity.
+
+    Given a `residual`, the blocks do not run and this is added in their place.
+    """
     for field, found, expected in (("image", tokens.image.shape[-1], config.in_channels),
                                    ("text", tokens.text.shape[-1], config.context_in_dim),
                                    ("pooled", tokens.pooled.shape[-1], config.vec_in_dim)):
@@ -297,7 +313,7 @@ def apply(config: MMDiTConfig, params: Params, tokens: Tokens, *, lora: Params |
     if lora is not None:
         check_lora(collections, lora)
         collections["lora"] = lora
-    return MMDiT(config, execution).apply(collections, tokens, modulation)
+    return MMDiT(config, execution).apply(collections, tokens, modulation, residual)
 
 
 def check_lora(collections: dict[str, Params], lora: Params) -> None:

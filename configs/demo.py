@@ -37,7 +37,8 @@ def get_config() -> ConfigDict:
         # learns several times faster where it looks at what is generated, and at high noise, where text decides.
         "loss": {"mask_weight": 4.0, "sigma_shift": 1.2, "sigma_spread": 1.5},
         "optimizer": {"name": "adamw", "learning_rate": 2e-3, "schedule": "cosine", "warmup": 0.02, "b1": 0.9,
-                      "b2": 0.99, "weight_decay": 0.01, "clip": 1.0, "accumulate": 1, "ema": 0.0},
+                      "b2": 0.99, "weight_decay": 0.01, "clip": 1.0, "accumulate": 1, "ema": 0.0,
+                      "param_dtype": "float32", "rounding": "stochastic", "fused": False},
         # test samples a task, held-out pairs, Euler steps; split "validation" is for choices: other crops of the
         # training photos, so that the test photo stays unseen
         "evaluate": {"samples": 192, "held": 96, "steps": 8, "seed": 1_000_000, "split": "test", "thresholds": "demo"},

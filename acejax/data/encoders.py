@@ -18,7 +18,7 @@ import xxhash
 from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from acejax.data import written
+from acejax.data.hashes import Hashes
 from acejax.data.latents import EncodePictures
 from acejax.data.text import Tokenizers
 from acejax.errors import UserError
@@ -31,7 +31,6 @@ from acejax.weights.source import Grown, Scaled, Tensor
 
 EncodePrompts = Callable[[Sequence[str]], tuple[np.ndarray, np.ndarray]]
 RECIPE = 1  # changes when the models' code gives other numbers
-BLOCK = 2**24  # bytes hashed at once
 DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -112,8 +111,8 @@ class Encoders:
                             "tokenizer and tokenizer_2, and asks for its licence to be accepted")
         picture_model = open_model(config.autoencoder, AutoencoderConfig)
         t5_model, clip_model = open_model(config.t5, T5Config), open_model(config.clip, CLIPConfig)
-        seen = _Hashes(notes)
-        weights = [seen.of(model) for model in (picture_model, t5_model, clip_model)]
+        seen = Hashes(notes)
+        weights = [[seen.of(path) for path in files(model)] for model in (picture_model, t5_model, clip_model)]
         seen.keep()
         tokenizers = Tokenizers.open(config.tokenizers, reference=config.reference)
         dtype = config.autoencoder_dtype or config.dtype
@@ -207,40 +206,9 @@ def _split(mesh: Mesh, *arrays: np.ndarray) -> list[jax.Array]:
             for array in arrays]
 
 
-class _Hashes:
-    """Hashes of files; those in the notes are taken where the file is of the same size and time."""
-
-    def __init__(self, notes: epath.PathLike | None):
-        self._path = None if notes is None else epath.Path(notes)
-        self._known: dict[str, list] = {}
-        if self._path is not None and self._path.exists():
-            try:
-                known = json.loads(self._path.read_text())
-            except (OSError, ValueError):
-                known = None
-            self._known = known if isinstance(known, dict) else {}
-        self._before = dict(self._known)
-
-    def of(self, model: Model) -> list[str]:
-        """Of the files that a model's tensors are in, by name."""
-        return [self._file(path) for path in sorted({_place(tensor) for tensor in model.tensors.values()})]
-
-    def keep(self) -> None:
-        if self._path is not None and self._known != self._before:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            written.write(self._path, json.dumps(self._known, indent=1).encode())
-
-    def _file(self, path: pathlib.Path) -> str:
-        about = path.stat()
-        mark = [about.st_size, about.st_mtime_ns]
-        known = self._known.get(str(path.resolve()))
-        if not (isinstance(known, list) and known[:-1] == mark):
-            digest, block = xxhash.xxh3_128(), memoryview(bytearray(BLOCK))
-            with path.open("rb", buffering=0) as file:
-                while count := file.readinto(block):
-                    digest.update(block[:count])
-            known = self._known[str(path.resolve())] = [*mark, digest.hexdigest()]
-        return known[-1]
+def files(model: Model) -> list[pathlib.Path]:
+    """The files that a model's tensors are in, by name."""
+    return sorted({_place(tensor) for tensor in model.tensors.values()})
 
 
 def _place(tensor: Tensor) -> pathlib.Path:

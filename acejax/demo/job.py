@@ -135,11 +135,11 @@ def run(config: ml_collections.ConfigDict, workdir: epath.PathLike, setup_second
     seconds |= spent
     print("editing the test photo ...", flush=True)
     started = time.time()
-    note = {"command": command, "seed": config.seed, "steps": config.steps,
+    note = {"command": command, "seed": config.seed, "steps": config.steps, "euler_steps": config.evaluate.steps,
             "seconds": round(sum(seconds.values()) - setup_seconds, 1), "train_seconds": round(seconds["train"], 1)}
     params = state.params if state.ema is None else state.ema
     weights.save(workdir / "weights", MMDiTConfig(**config.model), params, autoencoder, config.data.size, note)
-    editor = weights.load_editor(workdir / "weights", config.evaluate.steps)  # what is judged is what is saved
+    editor = weights.load_editor(workdir / "weights")  # what is judged is what is saved
     test, held = ({task: [row for row in rows if row["task"] == task] for task in TASKS if task in config.data.tasks}
                   for rows in (list(map(decoded, dataset.read(folder, split))) for split in ("test", "held")))
     scores, edits = evaluate.evaluate(editor, test, held, config.evaluate.seed)

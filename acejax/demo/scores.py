@@ -11,12 +11,12 @@ def psnr(picture: np.ndarray, truth: np.ndarray) -> float:
     return float(10 * np.log10(255**2 / max(error, 1e-6)))
 
 
-def color_of(picture: np.ndarray, thing: Thing) -> str:
-    """The palette colour nearest (in CIELAB) to the mean colour inside the symbol's silhouette."""
+def color_of(picture: np.ndarray, thing: Thing, rows: slice = slice(None)) -> str:
+    """The palette colour nearest (in CIELAB) to the mean colour inside the symbol's silhouette, or some rows of it."""
     from skimage.color import rgb2lab
 
-    inside = silhouette(thing.shape, thing.box[2]) > 0.9
-    mean = _window(picture, thing)[inside].mean(0) / 255
+    inside = silhouette(thing.shape, thing.box[2])[rows] > 0.9
+    mean = _window(picture, thing)[rows][inside].mean(0) / 255
     palette = np.array(list(COLORS.values())) / 255
     return list(COLORS)[int(np.argmin(np.linalg.norm(rgb2lab(palette) - rgb2lab(mean), axis=-1)))]
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ import numpy as np
 from etils import epath
 from safetensors.numpy import load_file
 
+from acejax.adapt.lora import combine
 from acejax.data.layout import CanvasConfig
 from acejax.demo.autoencoder import Autoencoder, decode_latents, encode_pictures, kind_of
 from acejax.demo.surroundings import encode_prompts
@@ -20,6 +22,7 @@ from acejax.edit.sampler import Sampler
 from acejax.errors import UserError
 from acejax.model.config import MMDiTConfig
 from acejax.weights.load import load_mmdit
+from acejax.weights.lora_formats import load_lora
 from acejax.weights.save import save_model, save_tensors
 
 BATCH = 48  # edits at once
@@ -52,7 +55,8 @@ def save(folder: epath.PathLike, config: MMDiTConfig, params: Any, autoencoder: 
 
 
 def read_note(folder: epath.PathLike = SHIPPED) -> dict[str, Any]:
-    """`weights.json`: how the weights came, the picture's `size` in pixels, the kind of `autoencoder`, `config`.
+    """`weights.json`: how the weights came, the picture's `size` in pixels, `euler_steps`, the kind of
+    `autoencoder`, `config`.
 
     Raises:
       UserError: no such weights.
@@ -63,18 +67,25 @@ def read_note(folder: epath.PathLike = SHIPPED) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
-def load_editor(folder: epath.PathLike = SHIPPED, steps: int = 8) -> Editor:
-    """An editor with the weights in a folder.
+def load_editor(folder: epath.PathLike = SHIPPED, steps: int | None = None,
+                loras: Sequence[tuple[epath.PathLike, float]] = ()) -> Editor:
+    """An editor with the weights in a folder; it takes `steps` Euler steps, or as many as their note says.
+
+    Args:
+      loras: files and their strengths.
 
     Raises:
-      UserError: no such weights, or an autoencoder of another kind than their note says.
+      UserError: no such weights, an autoencoder of another kind than their note says, or a LoRA that is for others.
     """
     note, folder = read_note(folder), epath.Path(folder)
     config = MMDiTConfig(**note["config"])
+    lora = combine([(load_lora(path, config), scale) for path, scale in loras]) if loras else None
     _, params = load_mmdit(folder / "mmdit.safetensors", config, dtype="float32")
     autoencoder = load_autoencoder(folder / AUTOENCODER)
     if (found := kind_of(autoencoder)) != note["autoencoder"]:
         raise UserError(f"{folder}/{AUTOENCODER} is {found}; weights.json says {note['autoencoder']}")
-    profile = Profile("small weights", TASKS, CanvasConfig(editing_height=1.0), steps, None, note["size"])
+    profile = Profile("small weights", TASKS, CanvasConfig(editing_height=1.0), steps or note["euler_steps"], None,
+                      note["size"])
     return Editor(profile, Sampler(config, params), jax.jit(lambda pictures: encode_pictures(autoencoder, pictures)),
-                  jax.jit(lambda latents: decode_latents(autoencoder, latents)), encode_prompts, batch=BATCH)
+                  jax.jit(lambda latents: decode_latents(autoencoder, latents)), encode_prompts, lora=lora,
+                  batch=BATCH, check_prompt=lambda prompt: encode_prompts([prompt]))

@@ -1,13 +1,12 @@
 """The editor: text and pictures in, pictures out. Encode once, sample as one compiled loop, decode, put back."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from acejax import lcu
 from acejax.data import latents
 from acejax.data.canvas import Canvas, denormalize
 from acejax.data.encoders import EncodePrompts
@@ -17,6 +16,7 @@ from acejax.edit.prepare import Annotate, Prepared, finish, prepare
 from acejax.edit.profile import Profile
 from acejax.edit.request import Options, Request, Result
 from acejax.edit.sampler import Sampler
+from acejax.lcu import CELL
 
 Say = Callable[[str, float], None]
 
@@ -33,15 +33,17 @@ class Editor:
       lora: pairs to add to the transformer (`acejax.adapt.lora`); may be replaced between edits.
       annotate: (name, picture) -> the control map of a picture; None: what needs no weights (`acejax.edit.annotators`).
       batch: most edits that are made at once.
+      check_prompt: raises UserError for a prompt that can't be read.
     """
 
     def __init__(self, profile: Profile, sampler: Sampler, encode_pictures: EncodePictures,
                  decode_latents: Callable[[jax.Array], jax.Array], encode_prompts: EncodePrompts, *, lora: Any = None,
-                 annotate: Annotate | None = None, batch: int = 4):
+                 annotate: Annotate | None = None, batch: int = 4,
+                 check_prompt: Callable[[str], object] = lambda prompt: None):
         self.profile, self.lora = profile, lora
         self._sampler, self._encode_pictures, self._decode = sampler, encode_pictures, decode_latents
         self._annotate = annotate or annotator(parity=profile.canvas.parity)
-        self._encode_prompts, self._batch = encode_prompts, batch
+        self._encode_prompts, self._check_prompt, self._batch = encode_prompts, check_prompt, batch
 
     def __call__(self, task: str | None, prompt: str, *, image: np.ndarray | None = None,
                  mask: np.ndarray | None = None, references: Sequence[np.ndarray] = (), seed: int = 0,
@@ -80,6 +82,22 @@ class Editor:
         say("done", 1.0)
         return [results[index] for index in range(len(prepared))]
 
+    def check(self, request: Request, options: Options = Options()) -> Hashable:
+        """Look at a request without making it. Requests with the same answer are made at once.
+
+        Raises:
+          UserError: as `edit` would.
+        """
+        self.profile.steps_of(options.steps), self.profile.guidance_of(options.guidance)
+
+        def stands_in(name: str, picture: np.ndarray) -> np.ndarray:
+            self._annotate(name, picture[:CELL, :CELL])  # whether it can be
+            return picture
+
+        prepared = prepare(self.profile, request, options, stands_in)
+        self._check_prompt(prepared.prompt)
+        return _shape(prepared)
+
     def generate(self, canvases: Sequence[Canvas], text: tuple[np.ndarray, np.ndarray], seeds: Sequence[int],
                  steps: int, guidance: float | None) -> list[np.ndarray]:
         """What the model makes of canvases of one layout, masked or not: target units (with parity whole canvases).
@@ -95,7 +113,7 @@ class Editor:
         noise = jnp.stack([jax.random.normal(jax.random.key(seed), features["edit"].shape[1:]) for seed in seeds])
         sampled = self._sampler(features, noise, steps, guidance, self.lora)
         if not canvases[0].joined:
-            sampled = sampled[:, :, -(canvases[0].widths[-1] // lcu.CELL):]
+            sampled = sampled[:, :, -(canvases[0].widths[-1] // CELL):]
         return list(denormalize(self._decode(sampled)))
 
 
@@ -103,7 +121,11 @@ def _groups(prepared: Sequence[Prepared], batch: int) -> Iterator[list[int]]:
     """Indices of what can be made at once, at most `batch`."""
     groups: dict[Any, list[int]] = {}
     for index, one in enumerate(prepared):
-        groups.setdefault((one.canvas.mask.shape, one.canvas.widths), []).append(index)
+        groups.setdefault(_shape(one), []).append(index)
     for members in groups.values():
         for start in range(0, len(members), batch):
             yield members[start:start + batch]
+
+
+def _shape(prepared: Prepared) -> Hashable:
+    return prepared.canvas.mask.shape, prepared.canvas.widths

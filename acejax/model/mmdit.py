@@ -217,33 +217,46 @@ class MMDiT(nn.Module):
     config: MMDiTConfig
     execution: Execution = Execution()
 
-    @nn.compact
+    def setup(self):
+        c, e = self.config, self.execution
+        self.time_in, self.vector_in = Embedder(c, e), Embedder(c, e)
+        if c.guidance_embed:
+            self.guidance_in = Embedder(c, e)
+        self.img_in, self.txt_in = Dense((c.hidden_size,), e.dtype), Dense((c.hidden_size,), e.dtype)
+        self.double_blocks = _stack(DoubleBlock, c, e, c.depth)
+        self.single_blocks = _stack(SingleBlock, c, e, c.depth_single_blocks)
+        self.final_layer = FinalLayer(c, e)
+
     def __call__(self, tokens: Tokens, modulation: Params | None = None, residual: jax.Array | None = None
                  ) -> tuple[jax.Array, jax.Array]:
-        c, e = self.config, self.execution
-        vec = conditioning(c, lambda name, x: Embedder(c, e, name=name)(x), tokens.sigma, tokens.pooled,
-                           tokens.guidance) if modulation is None else None
+        (text, image), vec, rope, lengths = self.embed(tokens, modulation is not None)
         given = dict.fromkeys(("double_blocks", "single_blocks", "final_layer")) if modulation is None else modulation
-        image = before = Dense((c.hidden_size,), e.dtype, name="img_in")(tokens.image)
-        final = FinalLayer(c, e, name="final_layer")
+        constrain = self.execution.constrain
         if residual is not None:
-            before, residual = (e.constrain(x, "hidden") for x in (before, residual))
-            return final(before + residual, vec, given["final_layer"]), residual
-        text = Dense((c.hidden_size,), e.dtype, name="txt_in")(tokens.text)
+            residual = constrain(residual, "hidden")
+            return self.final_layer(constrain(image, "hidden") + residual, vec, given["final_layer"]), residual
+        streams, _ = self.double_blocks((text, image), given["double_blocks"], vec, rope, lengths)
+        x, _ = self.single_blocks(jnp.concatenate(streams, axis=1), given["single_blocks"], vec, rope, lengths)
+        added = constrain(x[:, text.shape[1]:], "hidden") - constrain(image, "hidden")
+        return self.head(x, vec, text.shape[1], given["final_layer"]), added
+
+    def embed(self, tokens: Tokens, modulated: bool = False):
+        """What blocks work on: the (text, image) streams, and vec (None where modulation is given), rope and lengths,
+        which all of them see."""
+        vec = None if modulated else conditioning(
+            self.config, lambda name, x: getattr(self, name)(x), tokens.sigma, tokens.pooled, tokens.guidance)
+        image, text = self.img_in(tokens.image), self.txt_in(tokens.text)
         text_size = text.shape[1]
-
         positions = jnp.pad(tokens.positions, ((0, 0), (text_size, 0), (0, 0)))
-        rope = rotations(positions, c.axes_dim, c.theta)
-        lengths = None if tokens.lengths is None else text_size + tokens.lengths
-        double = _stack(DoubleBlock, c, e, c.depth, "double_blocks")
-        (text, image), _ = double((text, image), given["double_blocks"], vec, rope, lengths)
-        single = _stack(SingleBlock, c, e, c.depth_single_blocks, "single_blocks")
-        x, _ = single(jnp.concatenate([text, image], axis=1), given["single_blocks"], vec, rope, lengths)
-        x = x[:, text_size:]
-        return final(x, vec, given["final_layer"]), e.constrain(x - e.constrain(before, "hidden"), "hidden")
+        rope = rotations(positions, self.config.axes_dim, self.config.theta)
+        return (text, image), vec, rope, None if tokens.lengths is None else text_size + tokens.lengths
+
+    def head(self, x: jax.Array, vec: jax.Array | None, text_size: int, given: jax.Array | None = None) -> jax.Array:
+        """The velocity, from what the last block made of text and image."""
+        return self.final_layer(x[:, text_size:], vec, given)
 
 
-def _stack(block, config: MMDiTConfig, execution: Execution, length: int, name: str):
+def _stack(block, config: MMDiTConfig, execution: Execution, length: int):
     """`length` blocks as one scan: stacked parameters, one compiled body."""
     if execution.remat != "none":
         policy = {"full": None, "attention": jax.checkpoint_policies.save_only_these_names("attention")}
@@ -251,7 +264,7 @@ def _stack(block, config: MMDiTConfig, execution: Execution, length: int, name: 
     in_axes = (0, nn.broadcast, nn.broadcast, nn.broadcast)  # a modulation that is given is each layer's own
     stack = nn.scan(block, length=length, in_axes=in_axes, variable_axes={"params": 0, "lora": 0, "quant": 0},
                     split_rngs={"params": True})
-    return stack(config, execution, name=name)
+    return stack(config, execution)
 
 
 def example(config: MMDiTConfig, batch: int = 1, image: int = 4, text: int = 1, dtype: Any = jnp.float32) -> Tokens:

@@ -60,11 +60,18 @@ def load_clip(path: Path, config: CLIPConfig | None = None, mesh: Mesh | None = 
     return load(open_model(path, CLIPConfig, config), mesh, dtype)
 
 
-def load(model: Model, mesh: Mesh | None = None, dtype: Any = None) -> tuple[Config, Any]:
-    """The parameters of a model that is open; see `load_mmdit`."""
+def load(model: Model, mesh: Mesh | None = None, dtype: Any = None,
+         each: Callable[[str, jax.Array], dict[str, jax.Array]] | None = None) -> tuple[Config, Any]:
+    """The parameters of a model that is open; see `load_mmdit`.
+
+    `each` gives what shall stand in a leaf's place, from its path: a model that is quantised is never there twice.
+    """
     placement = _placement(keymaps.leaf_shapes(model.config), mesh)
-    return model.config, unflatten_dict({path: put(shape, read, placement[path])
-                                         for path, shape, read in leaves(model, dtype)}, sep="/")
+    held = {}
+    for path, shape, read in leaves(model, dtype):
+        leaf = put(shape, read, placement[path])
+        held |= {path: leaf} if each is None else each(path, leaf)
+    return model.config, unflatten_dict(held, sep="/")
 
 
 def leaves(model: Model, dtype: Any = None) -> Iterator[tuple[str, layout.Shape, Callable[..., np.ndarray]]]:

@@ -6,6 +6,7 @@ The frozen part of a run is one tree: `params` and, of a quantised base, `quant`
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -53,7 +54,7 @@ def targets(config: LoraConfig, model: MMDiTConfig) -> tuple[str, ...]:
         except UserError as ours:
             try:
                 chosen.update(lora_formats.bfl_targets(model, pattern))
-            except (UserError, ValueError) as theirs:  # ValueError: re.error, which `ours` tells of
+            except (UserError, re.error) as theirs:
                 raise UserError(f"config.lora.targets: {theirs if 'some layers' in str(theirs) else ours}") from None
     return tuple(module for module in select(params, ".*") if module in chosen)
 

@@ -80,7 +80,9 @@ class Program:
             self.frozen.get("quant", {}))
 
         def each(path: str, leaf: jax.Array) -> dict[str, jax.Array]:
-            return {name: jax.device_put(one, wanted[name].sharding) for name, one in hold(path, leaf).items()}
+            held = hold(path, leaf)
+            return held if path in held else jax.jit(dict, out_shardings={  # as it is, but laid out by the rules
+                name: wanted[name].sharding for name in held}, donate_argnums=0)(held)
 
         if self.run.init_from:
             base = trees.flat(load_start(self.run.init_from, model, self.mesh, lora.held_dtype(config), each))

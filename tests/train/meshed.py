@@ -44,7 +44,7 @@ class Table(small.Table):
 
 def weights(folder: pathlib.Path) -> pathlib.Path:
     """A file of weights, none of them 0."""
-    model = acejax.MMDiTConfig(**{**small.make_config().model, **MODEL})
+    model = acejax.MMDiTConfig(**dict(small.make_config().model) | MODEL)
     if jax.process_index() == 0:
         acejax.save_model(folder / "base.safetensors", model,
                           keymaps.from_foreign(model, cases.state(model).__getitem__, "bfl"))

@@ -1,5 +1,6 @@
 """LoRA and QLoRA training: what is trained, kept, exported and read again, and what is refused before the start."""
 
+import dataclasses
 import functools
 import json
 import shutil
@@ -12,17 +13,17 @@ from ml_collections import ConfigDict
 
 import acejax
 from acejax import UserError
+from acejax.adapt import lora as adapt
 from acejax.adapt.quantize import quantize
 from acejax.cli.main import main
 from acejax.data.schedule import Stage
 from acejax.data.stream import Stream
 from acejax.parallel.mesh import make_mesh
-from acejax.train import loop
+from acejax.train import loop, plan_memory
 from acejax.train.config import TrainConfig
 from acejax.train.loop import train
 from acejax.train.program import Program
 from acejax.weights import keymaps
-from acejax.weights.source import open_source
 from tests import judges
 from tests.goldens import cases
 from tests.train.small import Table, losses, make_config
@@ -43,11 +44,11 @@ def base(tmp_path_factory):
     return path, params
 
 
-def config_of(base, **lora) -> ConfigDict:
+def config_of(base, /, **lora) -> ConfigDict:
     config = make_config(SIZES)
     config.steps, config.init_from = STEPS, str(base[0])
     config.lora = {"rank": RANK, "alpha": None, "base": "float32"} | lora
-    config.optimizer.update({"learning_rate": 3e-3, "ema": 0.5})
+    config.optimizer.update({"learning_rate": 0.03, "ema": 0.5})
     config.checkpoint.update({"every": 2, "export_every": 3, "export_layout": "comfy,diffusers"})
     return config
 
@@ -77,9 +78,10 @@ def test_the_factors_alone_are_trained_and_kept(whole_run):
     workdir, state = whole_run
     assert losses(workdir)[-1] < losses(workdir)[0]
     assert sum(leaf.size for leaf in jax.tree.leaves(state.params)) == RANK * numbers_per_rank()
-    stored = sum(path.stat().st_size for path in (workdir / "checkpoints" / str(STEPS)).rglob("*") if path.is_file())
-    assert stored < 2 * 4 * 4 * RANK * numbers_per_rank()  # factors, two moments and an average, in float32
     assert all(np.any(leaf) for leaf in jax.tree.leaves(state.params))
+    notes = json.loads((workdir / "checkpoints" / str(STEPS) / "notes" / "metadata").read_text())
+    assert {path.rpartition("/")[2] for path in notes["checksums"]} == {"a", "b", "step", "skipped", "count"}
+    assert len(notes["base"]) == 32
 
 
 def numbers_per_rank() -> int:
@@ -96,8 +98,7 @@ def test_an_export_gives_the_velocity_that_was_trained(base, whole_run, layout):
     path = workdir / "exports" / f"step_{STEPS:06d}_{layout}.safetensors"
     assert len(list((workdir / "exports").iterdir())) == 4 and path.exists()
     lora = acejax.load_lora(path, MODEL)
-    trained = acejax.adapt.lora.spread(state.ema, jax.tree.map(
-        lambda leaf: np.ones_like(leaf), acejax.adapt.lora.tie(lora)[1]))
+    trained = adapt.spread(state.ema, jax.tree.map(np.ones_like, adapt.tie(lora)[1]))
     expected = velocity(base[1], lora=trained)[1]
     assert judges.difference(velocity(base[1])[1], expected) > 0.01
     assert judges.difference(velocity(base[1], lora=lora)[1], expected) < 1e-5
@@ -106,11 +107,9 @@ def test_an_export_gives_the_velocity_that_was_trained(base, whole_run, layout):
 
 @judges.needs_peft
 def test_diffusers_loads_an_export_and_gives_the_same_velocity(base, whole_run):
-    for layout in ("comfy", "diffusers"):
-        path = whole_run[0] / "exports" / f"step_{STEPS:06d}_{layout}.safetensors"
-        tokens, expected = velocity(base[1], lora=acejax.load_lora(path, MODEL))
-        found = judges.flux_velocity(MODEL, base[1], tokens, path)
-        assert judges.difference(expected, found) < 1e-4, layout
+    path = whole_run[0] / "exports" / f"step_{STEPS:06d}_diffusers.safetensors"
+    tokens, expected = velocity(base[1], lora=acejax.load_lora(path, MODEL))
+    assert judges.difference(expected, judges.flux_velocity(MODEL, base[1], tokens, path)) < 1e-4
 
 
 def test_a_run_goes_on_as_if_it_had_not_stopped_and_only_on_its_base(base, whole_run, tmp_path):
@@ -135,10 +134,8 @@ def test_a_run_goes_on_as_if_it_had_not_stopped_and_only_on_its_base(base, whole
     assert losses(workdir) == losses(whole_run[0])
 
 
-def test_a_quantised_base_is_held_in_eight_bits(base, whole_run, tmp_path):
+def test_a_quantised_base_is_held_in_eight_bits(base):
     """As `acejax.adapt.quantize` makes it of bfloat16, leaf by leaf."""
-    train(config_of(base, base="int8"), tmp_path / "int8", stream(), until=2)
-    np.testing.assert_allclose(losses(tmp_path / "int8"), losses(whole_run[0])[:2], rtol=0.02)
     held = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), base[1])
     for kind in ("int8", "float8"):
         program = Program.of(TrainConfig.of(config_of(base, base=kind)), make_mesh({"data": -1}), 2, 4)
@@ -156,16 +153,17 @@ def test_a_lora_goes_on_from_a_file_with_its_alpha(base, whole_run, tmp_path):
     del lora["double_blocks"]["txt"]
     acejax.save_lora(tmp_path / "start.safetensors", MODEL, lora)
     config = config_of(base, init_from=str(tmp_path / "start.safetensors"))
-    config.optimizer.learning_rate = 0.0
-    train(config, tmp_path / "run", stream(), until=1)
-    found = acejax.load_lora(tmp_path / "run" / "exports" / "step_000001_diffusers.safetensors", MODEL)
+    program = Program.of(TrainConfig.of(config), make_mesh({"data": -1}), 2, 4)
+    found = adapt.spread(program.begin().params, program.load_frozen()["scales"])
     np.testing.assert_allclose(velocity(base[1], lora=found)[1], velocity(base[1], lora=lora)[1], atol=1e-5)
     scales = {name: set(np.ravel(stream["qkv"]["scale"])) for name, stream in found["double_blocks"].items()}
     assert scales == {"img": {0.5}, "txt": {1.0}}
 
 
-def test_parts_of_a_batch_on_a_base_in_bfloat16(base, whole_run, tmp_path):
-    config = config_of(base, base="bfloat16")
+@pytest.mark.long
+@pytest.mark.parametrize("held", ["bfloat16", "int8"])
+def test_a_base_in_few_bits_and_parts_of_a_batch_have_nearly_the_same_losses(base, whole_run, tmp_path, held):
+    config = config_of(base, base=held)
     config.optimizer.accumulate = 2
     config.execution.update({"dtype": "bfloat16", "remat": "full"})
     train(config, tmp_path, stream(), until=3)
@@ -203,7 +201,7 @@ def test_mistakes_are_told_before_anything_is_written(base, whole_run, tmp_path,
 def test_a_base_of_another_geometry_is_told(base, tmp_path):
     wider, grown = config_of(base), config_of(base)
     wider.model.depth = 2
-    acejax.save_model(tmp_path / "fill.safetensors", acejax.MMDiTConfig(**make_config().model | {"in_channels": 384}), {
+    acejax.save_model(tmp_path / "fill.safetensors", dataclasses.replace(MODEL, in_channels=384), {
         **base[1], "img_in": {"kernel": base[1]["img_in"]["kernel"][:384], "bias": base[1]["img_in"]["bias"]}})
     grown.init_from = str(tmp_path / "fill.safetensors")
     for config, message in ((wider, "base.safetensors.*double_blocks.1.* missing"),
@@ -219,21 +217,16 @@ def test_memory_that_is_not_there_is_told_with_what_would_fit(base, tmp_path, mo
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 12345 bytes.")
 
     config = config_of(base, base="bfloat16")
+    monkeypatch.setitem(plan_memory.BACKENDS, "cpu", dataclasses.replace(plan_memory.BACKENDS["cpu"], reserve=0))
     for name, broken in (("compile", exhausted), ("step", lambda *_: {12: exhausted})):
         monkeypatch.setattr(loop, "_compile", broken)
         with pytest.raises(UserError, match="memory of the devices is exhausted .*12345 bytes") as told:
             train(config, tmp_path / name, stream())
         assert "memory of one device in GB" in str(told.value) and "  frozen " in str(told.value)
-        assert "\nconfig.optimizer.accumulate=2" in str(told.value)
+        assert str(told.value).endswith("\nconfig.execution.remat=attention makes it fit")
     monkeypatch.setattr(loop, "_compile", lambda *_: exhausted())
     monkeypatch.setattr("acejax.demo.job.prepare", lambda config, workdir: (None, None, stream(), None))
     flags = [f"--config.model.{name}={value}" for name, value in make_config().model.items()
              if name in ("hidden_size", "num_heads", "depth_single_blocks", "axes_dim", "context_in_dim", "vec_in_dim")]
     assert main(["train", "--config=demo.py", f"--workdir={tmp_path / 'command'}", "--cpu_devices=1", *flags]) == 2
     assert "acejax: the memory of the devices is exhausted" in capsys.readouterr().err
-
-
-def test_notes_say_which_base(whole_run):
-    notes = json.loads((whole_run[0] / "checkpoints" / str(STEPS) / "notes" / "metadata").read_text())
-    assert len(notes["base"]) == 32
-    assert all(open_source(path).tensors for path in (whole_run[0] / "exports").iterdir())

@@ -99,8 +99,8 @@ def _tasks(demo: bool) -> str:
 
     if demo:
         from acejax.demo.tasks import TASKS
-    lines = [f"{'task':<20}{'image':<10}{'mask':<10}{'references':<12}{'scale':<11}{'annotator':<11}{'LoRA':<15}what it "
-             "does"]
+    lines = [f"{'task':<20}{'image':<10}{'mask':<10}{'references':<12}{'scale':<11}{'annotator':<11}{'LoRA':<15}"
+             "what it does"]
     for name, task in TASKS.items():
         least, most = task.references
         count = str(least) if least == most else f"{least} or more" if most is None else f"{least} to {most}"
@@ -149,6 +149,6 @@ def _define(values: flags.FlagValues) -> None:
     text("manifest", "Edits as JSON lines; those whose result is there already are left out.")
     switch("overwrite", "With --manifest: make those again, too.")
     text("json", "Write what was done there: task, prompt, size, window, drift, tokens, seconds.")
-    text("from", "A PNG of acejax edit: verify its pictures, weights and LoRAs, make it again and compare (exit code 1: "
-         "other pixels). --image, --mask, --reference, --control, --weights, --base and --lora say where a file is "
+    text("from", "A PNG of acejax edit: verify its pictures, weights and LoRAs, make it again and compare (exit code "
+         "1: other pixels). --image, --mask, --reference, --control, --weights, --base and --lora say where a file is "
          "now.")

@@ -1,5 +1,6 @@
 """`acejax edit` with the small weights: seeds, manifests that go on, the JSON report, and edits made again."""
 
+import dataclasses
 import json
 import shutil
 
@@ -8,12 +9,16 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save_file
 
+from acejax import AutoencoderConfig, CLIPConfig, T5Config
 from acejax.cli import edit_run
 from acejax.cli.main import main
 from acejax.demo import weights
 from acejax.demo.weights import SHIPPED
-from acejax.edit import files
+from acejax.edit import files, record
 from acejax.edit.files import read_picture
+from tests import tokenizers
+from tests.goldens import cases
+from tests.weights import models
 
 EDIT = ["edit", "--demo", "--steps=1", "--prompt=a red heart"]
 INPUTS = ["--image=in/a.png", "--mask=in/m.png"]
@@ -110,6 +115,43 @@ def test_a_manifest_that_was_stopped_goes_on(place, capsys, monkeypatch):
     assert listed(place / "res") == ["0.png", "1.png", "2.png"]
     assert (place / "res/0.png").stat().st_mtime_ns == before
     assert [row["line"] for row in json.loads((place / "r.json").read_text())["edits"]] == ["e.jsonl:2", "e.jsonl:3"]
+
+
+def test_released_weights_loras_and_their_record(place, capsys):
+    """A small model in FLUX's layout, with a LoRA: made, recorded, made again, and a changed LoRA named."""
+    widths = {"transformer": (dataclasses.replace(models.MMDIT, in_channels=384, context_in_dim=32, vec_in_dim=64,
+                                                  mlp_ratio=1.0), "transformer.safetensors"),
+              "vae": (AutoencoderConfig(ch=32, ch_mult=(1, 1, 1, 1), num_res_blocks=1), "v.safetensors"),
+              "text_encoder_2": (T5Config(vocab_size=32_128, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4),
+                                 "t.safetensors"),
+              "text_encoder": (CLIPConfig(vocab_size=49_408, hidden_size=64, intermediate_size=96,
+                                          num_hidden_layers=1, num_attention_heads=1), "c.safetensors")}
+    for name, (config, file) in widths.items():
+        (place / "flux" / name).mkdir(parents=True)
+        save_file(cases.state(config, layout=models.first(config)), place / "flux" / name / file)
+    for name in ("tokenizer", "tokenizer_2"):
+        (place / "flux" / name).symlink_to(tokenizers.folder() / name)
+    down, up = np.ones((2, 128), np.float32), np.ones((384, 2), np.float32)
+    module = "lora_unet_double_blocks_0_img_attn_qkv.lora_"
+    save_file({f"{module}down.weight": down, f"{module}up.weight": up}, place / "l.safetensors")
+    Image.open("in/a.png").crop((30, 20, 78, 68)).save("in/a.png")
+    Image.open("in/m.png").crop((30, 20, 78, 68)).save("in/m.png")
+    edit = ["edit", "--base=flux", "--weights=flux/transformer", "--dtype=float32", "--prompt=x", "--steps=1", *INPUTS]
+    assert main([*edit, "--out=plain.png"]) == 0
+    assert main([*edit, "--out=lora.png", "--lora=l.safetensors:0.5"]) == 0
+    assert (read_picture("plain.png") != read_picture("lora.png")).any()
+    kept = record.read("lora.png")
+    assert kept.files[-1].path == "./l.safetensors" and kept.files[-1].scale == 0.5 and kept.guidance == 50
+    assert [file.path for file in kept.files if file.field == "weights"] == [
+        "./flux/transformer/transformer.safetensors", "./flux/vae", "./flux/text_encoder_2"]
+    assert main(["edit", "--from=lora.png"]) == 0
+    save_file({f"{module}down.weight": down, f"{module}up.weight": 2 * up}, place / "l.safetensors")
+    assert main(["edit", "--from=lora.png"]) == 2
+    assert "lora " in capsys.readouterr().err
+    assert main([*edit, "--out=o.png", "--parity=other"]) == 2
+    assert main([*edit, "--out=o.png", "--guidance=101"]) == 2
+    assert main([*edit, "--out=o.png", "--task=canny_repaint"]) == 2
+    assert "guidance is 101.0; expected 0 to 100" in (error := capsys.readouterr().err) and error.count("\n") == 3
 
 
 LORA = "double_blocks.0.img_attn.proj.lora_"

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import pathlib
 import shutil
 
 import numpy as np
@@ -50,7 +51,7 @@ def test_a_png_keeps_everything(kept):
     assert record.read(out) == about
     with Image.open(out) as image:  # as another program sees it
         found = json.loads(image.text["acejax"])
-    sha256 = hashlib.sha256(open(entry.image, "rb").read()).hexdigest()
+    sha256 = hashlib.sha256(pathlib.Path(entry.image).read_bytes()).hexdigest()
     assert found["files"][0] == {"field": "image", "path": "../in/a.png", "checksum": sha256, "scale": None}
     assert [file["field"] for file in found["files"]] == ["image", "mask", "references", "references", "weights",
                                                           "lora"]

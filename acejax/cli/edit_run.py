@@ -70,12 +70,14 @@ def edit(entries: Sequence[Entry], opened: Opened, options: Options, said: Any =
     made = []
     for place, (entry, (request, hashes), result) in enumerate(zip(entries, read, results, strict=True)):
         folder = epath.Path(entry.out).parent
+
+        def seen(value: Any, folder: epath.Path = folder) -> Any:
+            return record.relative(folder, value) if isinstance(value, str) and value.startswith("/") else value
+
         used = [File(name, record.relative(folder, path), sha256)
                 for (name, path), sha256 in zip(entry.inputs, hashes, strict=True)]
-        used += [dataclasses.replace(file, path=record.relative(folder, file.path)) if "/" in file.path else file
-                 for file in opened.files]
-        flags = {name: f"./{record.relative(folder, value)}" if isinstance(value, str) and value.startswith("/")
-                 else value for name, value in opened.flags.items()}
+        used += [dataclasses.replace(file, path=seen(file.path)) for file in opened.files]
+        flags = {name: seen(value) for name, value in opened.flags.items()}
         made.append((result, record.make(opened.editor.profile, request, options, result, (place, len(entries)), flags,
                                          used)))
     return made

@@ -133,7 +133,8 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, autoencoder:
     encoders = Encoders(jax.jit(functools.partial(encode_pictures, autoencoder)), encode_prompts, "small weights",
                         str.encode, (TEXT_TOKENS, TEXT_WIDTH, TEXT_WIDTH))
     data = DataConfig({"two_colours": SourceConfig("built-in")}, CanvasConfig(**config.data.canvas.to_dict()),
-                      AugmentConfig(), None, CacheConfig(str(workdir.parent / "cache"), "float32", batch=64), config.seed)
+                      AugmentConfig(), None, CacheConfig(str(workdir.parent / "cache"), "float32", batch=64),
+                      config.seed)
     features = inputs.make_features(data, {"two_colours": rows}, encoders)
     training, held = hold_out(features, config.validation.held, config.seed)
     stream = inputs.make_stream(read_stages(config, ("two_colours",)), config.steps,

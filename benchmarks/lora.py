@@ -2,8 +2,8 @@
 
 "a red and blue heart" has its upper half red and its lower half blue; the demo's pictures have one colour each. Scored
 on the demo's test photo: the share of halves in the right colour, against the small weights alone, and against each
-sample with another one's prompt. QLoRA trains the same on the weights in int8. What is scored is the export, read again
-and merged; where diffusers is installed, its own loader must make the same velocity of it.
+sample with another one's prompt. QLoRA trains the same on the weights in int8. What is scored is the export, read
+again by the editor; where diffusers is installed, its own loader must make the same velocity of it.
 """
 
 import argparse
@@ -22,7 +22,6 @@ import jax
 import ml_collections
 import numpy as np
 from PIL import Image
-from safetensors.numpy import load_file
 
 import acejax
 from acejax.cli.config import folder
@@ -35,9 +34,11 @@ from acejax.data.layout import CanvasConfig
 from acejax.data.sample import Sample
 from acejax.data.subset import hold_out
 from acejax.demo import evaluate, weights
+from acejax.demo.autoencoder import encode_pictures
+from acejax.demo.job import OWN
 from acejax.demo.pictures import COLORS, HELD_PAIRS, paint, samples
 from acejax.demo.scores import color_of
-from acejax.demo.surroundings import TEXT_TOKENS, TEXT_WIDTH, encode_pictures, encode_prompts
+from acejax.demo.surroundings import TEXT_TOKENS, TEXT_WIDTH, encode_prompts
 from acejax.errors import UserError
 from acejax.parallel.mesh import make_mesh, split_cpu
 from acejax.train import loop
@@ -81,26 +82,25 @@ def main(argv: list[str]) -> int:
 
 def measure(place: pathlib.Path, steps: int, rank: int, count: int, test: int) -> dict[str, Any]:
     """Both trainings, in folders of their names below `place`, and what their exports do on the test photo."""
-    model = acejax.MMDiTConfig(**json.loads((weights.SHIPPED / "weights.json").read_text())["config"])
-    autoencoder = load_file(weights.SHIPPED / "autoencoder.safetensors")
+    model = acejax.MMDiTConfig(**weights.read_note()["config"])
+    autoencoder = weights.load_autoencoder(weights.SHIPPED / weights.AUTOENCODER)
     _, params = acejax.load_mmdit(weights.SHIPPED / "mmdit.safetensors", model, dtype="float32")
     records = list(two_colours(test, TEST_SEED, "test"))
 
-    def judge(adapted: Any) -> dict[str, float]:
-        editor = weights.make_editor(model, adapted, autoencoder, 8)
+    def judge(*loras: tuple[pathlib.Path, float]) -> dict[str, float]:
+        editor = weights.load_editor(loras=loras)
         return {"accuracy": accuracy(evaluate.edit(editor, records, TEST_SEED), records),
                 "shuffled": accuracy(evaluate.edit(editor, evaluate.shuffled(records), TEST_SEED), records)}
 
-    runs = {"without": judge(params)}
+    runs = {"without": judge()}
     for name, base in ("lora", "bfloat16"), ("qlora", "int8"):
         print(f"\n== {name}", flush=True)
         config = make_config(model, steps, rank, count, base)
         first = train(config, place / name, autoencoder)
         path = place / name / "exports" / f"step_{steps:06d}_diffusers.safetensors"
-        lora = acejax.load_lora(path, model)
-        runs[name] = judge(acejax.merge_lora(params, lora)) | {"validation_loss": last_loss(place / name)}
+        runs[name] = judge((path, 1.0)) | {"validation_loss": last_loss(place / name)}
         if all(importlib.util.find_spec(module) for module in ("torch", "diffusers", "peft")):
-            runs[name]["diffusers_difference"] = against_diffusers(model, params, lora, path, first)
+            runs[name]["diffusers_difference"] = against_diffusers(model, params, path, first)
     lora, qlora = runs["lora"], runs["qlora"]
     holds = (lora["accuracy"] > max(runs["without"]["accuracy"], lora["shuffled"]) + ABOVE
              and qlora["validation_loss"] < QUANTISED * lora["validation_loss"]
@@ -138,7 +138,7 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, autoencoder:
     features = inputs.make_features(data, {"two_colours": rows}, encoders)
     training, held = hold_out(features, config.validation.held, config.seed)
     stream = inputs.make_stream(read_stages(config, ("two_colours",)), config.steps,
-                                read_batches(config.data, ("source", "samples", "canvas")), training,
+                                read_batches(config.data, OWN), training,
                                 make_mesh(config.mesh.to_dict()), config.seed)
     loop.train(config, workdir, stream, held_out=HeldOut(held))
     return stream[0].arrays
@@ -188,14 +188,14 @@ def accuracy(pictures: Sequence[np.ndarray], records: Sequence[Record]) -> float
                           for thing, part in zip(record["things"], HALVES, strict=True)]))
 
 
-def against_diffusers(model: acejax.MMDiTConfig, params: Any, lora: Any, path: pathlib.Path,
-                      batch: Mapping[str, np.ndarray]) -> float:
+def against_diffusers(model: acejax.MMDiTConfig, params: Any, path: pathlib.Path, batch: Mapping[str, np.ndarray]
+                      ) -> float:
     """The most that diffusers' velocity of a batch differs from ours, in standard deviations."""
     from tests import judges
 
     sigma = np.linspace(0.1, 0.9, len(batch["lengths"]), dtype=np.float32)
     seen = dataclasses.replace(tokens(model, batch, batch["target"], sigma), lengths=None)
-    ours = acejax.apply(model, params, seen, lora=lora)
+    ours = acejax.apply(model, params, seen, lora=acejax.load_lora(path, model))
     return judges.difference(ours, judges.flux_velocity(model, params, seen, path))
 
 

@@ -119,6 +119,7 @@ def test_a_manifest_that_was_stopped_goes_on(place, capsys, monkeypatch):
     assert [row["line"] for row in json.loads((place / "r.json").read_text())["edits"]] == ["e.jsonl:2", "e.jsonl:3"]
 
 
+@pytest.mark.long
 def test_released_weights_loras_and_their_record(place, capsys, monkeypatch):
     """A small model in FLUX's layout, with a LoRA: made, recorded, made again, and a changed LoRA named."""
     monkeypatch.setattr(encoders.Tokenizers, "open", functools.lru_cache(encoders.Tokenizers.open))

@@ -14,7 +14,7 @@ from acejax.errors import UserError
 
 PICTURES = ("image", "mask", "reference", "control")
 KEPT = ("task", "prompt", "size", "scale", "seed", "steps", "guidance", "crop", "paste", "parity", "batch", "manifest",
-        "overwrite", "json", "dtype", "eight_bits", "staged", "offload", "mesh")  # a record has them, or no use of them
+        "overwrite", "json", "dtype", "eight_bits", "staged", "offload", "mesh")  # in a record, or without use for one
 
 
 def main(argv: Sequence[str]) -> int:

@@ -14,7 +14,7 @@ from acejax.errors import UserError
 
 PICTURES = ("image", "mask", "reference", "control")
 KEPT = ("task", "prompt", "size", "scale", "seed", "steps", "guidance", "crop", "paste", "parity", "batch", "manifest",
-        "overwrite", "json", "dtype", "eight_bits", "staged", "offload", "mesh")  # in a record, or without use for one
+        "overwrite", "warm_up", "json", "dtype", "eight_bits", "staged", "offload", "mesh")  # a record tells them
 
 
 def main(argv: Sequence[str]) -> int:
@@ -37,12 +37,17 @@ def main(argv: Sequence[str]) -> int:
             raise UserError(f"edit: --from makes an edit again as it was; --{said[0]} can't be given with it")
         moved = {name: flag[name] for name in ("image", "mask", "control", "weights", "base", "contour", "depth")}
         return again(flag["from"], flag["out"], moved | {"references": flag["reference"]}, loras)
-    from acejax.cli.edit_run import check, run
+    from acejax.cli.edit_run import check, run, warm_up
     from acejax.edit.request import Options
 
     _check_flags(flag)
     options = Options(flag["steps"], flag["guidance"], flag["crop"], flag["paste"])
     entries = _entries(flag)
+    if flag["warm_up"]:
+        opened = open_weights(flag, loras, flag["parity"])
+        count = warm_up(entries, check(entries, opened, options), opened, options, flag["batch"])
+        print(f"compiled for {count} kind{'s' * (count > 1)} of edits in {time.time() - start:.1f} s; nothing written")
+        return 0
     left = [entry for entry in entries if not entry.line or flag["overwrite"] or not epath.Path(entry.out).exists()]
     if len(left) < len(entries):
         print(f"{len(entries) - len(left)} of {len(entries)} are there already (--overwrite makes them again)")
@@ -59,7 +64,7 @@ def main(argv: Sequence[str]) -> int:
 def _check_flags(flag: Mapping[str, Any]) -> None:
     if not flag["demo"] and not flag["base"]:
         raise UserError("edit: add --demo to use the small weights that come with acejax, or --base=FOLDER of FLUX.1")
-    if not flag["out"]:
+    if not flag["out"] and (flag["manifest"] or not flag["warm_up"]):
         raise UserError("edit: --out is missing")
     if flag["manifest"] and (given := [name for name in PICTURES if flag[name]]):
         raise UserError(f"edit: --{given[0]} with --manifest, whose lines name their pictures")
@@ -78,7 +83,8 @@ def _entries(flag: Mapping[str, Any]) -> list[Any]:
     if flag["manifest"]:
         defaults = {name: flag[name] for name in ("prompt", "task", "size", "scale") if flag[name] is not None}
         return manifest.read(flag["manifest"], flag["out"], defaults, seeds)
-    entry = manifest.Entry(flag["out"], flag["prompt"] or "", flag["task"], flag["image"], flag["mask"],
+    out = flag["out"] or "warm_up.png"  # which is not written
+    entry = manifest.Entry(out, flag["prompt"] or "", flag["task"], flag["image"], flag["mask"],
                            tuple(flag["reference"] or ()), flag["control"], flag["size"], flag["scale"])
     return manifest.seeded(entry, seeds)
 
@@ -156,6 +162,7 @@ def _define(values: flags.FlagValues) -> None:
          "do not.")
     text("manifest", "Edits as JSON lines; those whose result is there already are left out.")
     switch("overwrite", "With --manifest: make those again, too.")
+    switch("warm_up", "Make what is asked for once and write nothing: programs are compiled when they are needed.")
     text("json", "Write what was done there: task, prompt, size, window, drift, tokens, seconds.")
     text("from", "A PNG of acejax edit: verify its pictures, weights and LoRAs, make it again and compare (exit code "
          "1: other pixels). --image, --mask, --reference, --control, --weights, --base and --lora say where a file is "

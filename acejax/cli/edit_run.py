@@ -63,6 +63,16 @@ def run(entries: Sequence[Entry], shapes: Sequence[Hashable], opened: Opened, op
     return [rows[index] for index in range(len(entries))]
 
 
+def warm_up(entries: Sequence[Entry], shapes: Sequence[Hashable], opened: Opened, options: Options, batch: int) -> int:
+    """Make edits of each shape and number and write nothing: their programs are in the compile cache then, and counted.
+    """
+    distinct = {(shapes[members[0]], len(members)): members for members in _calls(shapes, batch)}
+    with _Said(len(distinct)) as said:
+        for members in distinct.values():
+            opened.editor.edit([entries[index].open()[0] for index in members], options, said)
+    return len(distinct)
+
+
 def edit(entries: Sequence[Entry], opened: Opened, options: Options, said: Any = None) -> list[tuple[Result, Record]]:
     """Edits of equal shapes, made at once, and the record of each."""
     read = [entry.open() for entry in entries]

@@ -200,3 +200,9 @@ def test_the_tasks_are_listed(capsys):
     assert "try_on              needed    needed    1 or more" in printed and "local_editing" in printed
     assert main(["edit", "--list_tasks", "--demo"]) == 0
     assert "two_references      needed    needed    2 " in capsys.readouterr().out
+
+
+def test_warming_up_writes_nothing(place, capsys):
+    before = sorted(place.rglob("*"))
+    assert main([*EDIT, *INPUTS, "--seed=3,4", "--warm_up"]) == 0
+    assert "compiled for 1 kind of edits" in capsys.readouterr().out and sorted(place.rglob("*")) == before

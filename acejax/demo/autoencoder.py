@@ -2,9 +2,8 @@
 
 The linear one is fitted in closed form: principal components of 8 x 8 patches as encoder, ridge regression from 3 x 3
 latents as decoder. The finer one adds to each side a few residual convolutions at the latents' resolution, trained by
-Adam on the squared error with noise on the latents. Under a bound on the latents' variance that noise is what shares
-it out among the channels: the best linear answer is std ** 0.5 each, near `WHITENING`, so that they stay as easy to
-model; and the decoder learns to forgive what a transformer leaves.
+Adam on the squared error with a little noise on the latents, so that the decoder learns to forgive what a transformer
+leaves. They begin as the linear one's, and stay as easy to model.
 """
 
 import dataclasses
@@ -40,7 +39,7 @@ class FitConfig:
       encoder, decoder: residual blocks of each side.
       steps, batch: of its training.
       learning_rate: the greatest; it falls to zero along a cosine.
-      noise: on the latents in training, in their standard deviations.
+      noise: on the latents in training, in the standard deviations that they have at first.
     """
 
     kind: str = "linear"
@@ -155,8 +154,7 @@ def _train(config: FitConfig, linear: Autoencoder, pictures: np.ndarray, seed: i
         0.0, config.learning_rate, warmup, config.steps), b2=0.99))
 
     def loss(params, shown, key):
-        latents = encode_pictures(params, shown)
-        latents = latents / jnp.sqrt(latents.var((0, 1, 2)).mean())
+        latents = encode_pictures(params, shown)  # not over their deviation: a batch's own would blur the contrast
         latents = latents + config.noise * jax.random.normal(key, latents.shape)
         return jnp.mean((decode_latents(params, latents) - shown) ** 2)
 
@@ -198,10 +196,10 @@ def _draw(rng: np.random.Generator, pictures: np.ndarray, batch: int) -> np.ndar
 
 
 def _unit(params: Autoencoder, pictures: np.ndarray) -> Autoencoder:
-    """The same autoencoder with latents of mean variance 1, as the loss had them."""
+    """The same autoencoder with latents of mean variance 1."""
     scale = np.sqrt(np.asarray(encode_pictures(params, _normalize(pictures))).var((0, 1, 2)).mean())
-    last = ("encode", "encoder.out.kernel", "encoder.out.bias")
-    return dict(params) | {name: params[name] / scale for name in last}
+    return dict(params) | {name: params[name] / scale for name in ("encode", "encoder.out.kernel", "encoder.out.bias")
+                           } | {name: params[name] * scale for name in ("decode", "decoder.in.kernel")}
 
 
 def _normalize(pictures: np.ndarray) -> np.ndarray:

@@ -18,7 +18,8 @@ from etils import epath
 from acejax import checkpoint
 from acejax.adapt import lora as adapt
 from acejax.adapt.quantize import KINDS, quantize
-from acejax.data.encoders import DTYPES, Encoders, EncodersConfig
+from acejax.data.encoders import DTYPES, Encoders, EncodersConfig, files
+from acejax.data.hashes import Hashes
 from acejax.edit import transformer
 from acejax.edit.sampler import INPUTS, Sampler
 from acejax.errors import UserError
@@ -84,7 +85,7 @@ class Models:
     """
 
     def __init__(self, config: ModelsConfig, notes: epath.PathLike | None = None):
-        self._how = config
+        self._how, self._notes = config, notes
         self._source = _open(config.transformer)
         self.config = self._source.config if isinstance(self._source, Model) else checkpoint.weights_config(
             self._source)
@@ -141,6 +142,18 @@ class Models:
         self._loras = {path: self._loras[path] if path in self._loras else jax.device_get(load_lora(
             _local(path), self.config)) for path, _ in files}
         return adapt.combine([(self._loras[path], strength) for path, strength in files]) if files else None
+
+    def checksums(self) -> list[tuple[str, str]]:
+        """Path and xxh3_128 of the transformer's files, and what names the encoders' results."""
+        if isinstance(self._source, Model):
+            paths = files(self._source) if self._source.path.suffix not in PICKLES else [self._source.path]
+        else:
+            inside = pathlib.Path(self._source, "checkpoints")
+            paths = sorted(path for path in (inside if inside.exists() else inside.parent).rglob("*") if path.is_file())
+        seen, where = Hashes(self._notes), self._how.encoders
+        found = [(str(path.absolute()), seen.of(path)) for path in paths]
+        seen.keep()
+        return [*found, (where.autoencoder, self._encoders.picture_id), (where.t5, self._encoders.text_id)]
 
     def free(self) -> None:
         """Let go of all weights; they are read again where they are needed."""

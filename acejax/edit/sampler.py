@@ -1,5 +1,6 @@
 """From noise to latents: the modulation of all steps first, then Euler as one compiled loop without its weights."""
 
+import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,6 +12,7 @@ from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh
 
 from acejax import flow, lcu
+from acejax.edit import step_cache
 from acejax.errors import UserError
 from acejax.model import mmdit, modulation
 from acejax.model.config import Execution, MMDiTConfig
@@ -32,6 +34,8 @@ class Sampler:
       quant: kernels in eight bits (`acejax.adapt.quantize`), which `params` then lacks.
       execution: how it is computed; on a mesh, its pins are the mesh's.
       mesh: parameters are sharded by `acejax.parallel.rules`, samples fall over `data` and `fsdp`; None is one device.
+      cache: leave the blocks out of steps whose modulation has changed by no more than this since they last ran
+        (`acejax.edit.step_cache`); `cache_error` tells what it costs. None: all steps are whole.
       offload: keep the 27 % of the parameters that make modulation on the host, and send them through the device layer
         by layer, once an edit.
 
@@ -41,13 +45,15 @@ class Sampler:
     """
 
     def __init__(self, config: MMDiTConfig, params: Params, *, quant: Params | None = None,
-                 execution: Execution = Execution(), mesh: Mesh | None = None, offload: bool = False):
+                 execution: Execution = Execution(), mesh: Mesh | None = None, cache: float | None = None,
+                 offload: bool = False):
         if config.in_channels not in INPUTS:
             raise ValueError(f"the model reads {config.in_channels} channels; known: {', '.join(map(str, INPUTS))}")
         if mesh is not None:
             rules.check_heads(mesh, config.num_heads)
             execution = dataclasses.replace(execution, constrain=rules.constrain(mesh), share=rules.share(mesh))
-        self.config, self.execution, self.mesh, self.offload = config, execution, mesh, offload
+        self.config, self.execution, self.mesh = config, execution, mesh
+        self.cache, self.offload = cache, offload
         first, rest = split({"params": params, "quant": quant})
         self._first, self._rest = jax.device_get(first) if offload else self.place(first), self.place(rest)
 
@@ -90,7 +96,15 @@ class Sampler:
         sigmas = flow.schedule(steps, size)
         first, rest = split({"lora": None if lora is None else self.place(lora)})
         made = self._modulations(self._first | first, sigmas[:-1], rows.pop("pooled"), rows.pop("guidance"))
-        return _loop(self.config, self.execution, self._rest | rest, rows, sigmas, made)[:batch]
+        return _loop(self.config, self.execution, self.cache, self._rest | rest, rows, sigmas, made)[:batch]
+
+    def cache_error(self, features: Mapping[str, np.ndarray], noise: np.ndarray, steps: int,
+                    guidance: float | Sequence[float] | None = 1.0, lora: Params | None = None) -> float:
+        """How far the step cache takes these latents from whole steps', as relative root mean square."""
+        plain = copy.copy(self)
+        plain.cache = None
+        exact, found = (sampler(features, noise, steps, guidance, lora) for sampler in (plain, self))
+        return float(jnp.linalg.norm(found - exact) / jnp.linalg.norm(exact))
 
     def _modulations(self, trees: Trees, levels: jax.Array, pooled: jax.Array, guidance: jax.Array) -> Params:
         """Of all layers at levels [N]. Offloaded, the device has one layer's kernel at a time."""
@@ -133,11 +147,12 @@ def split(trees: Trees) -> tuple[Trees, Trees]:
     return tuple({name: part[i] or None for name, part in parts.items()} for i in (0, 1))
 
 
-def sample(config: MMDiTConfig, execution: Execution, trees: Trees, features: Mapping[str, jax.Array],
-           sigmas: jax.Array, made: Params) -> jax.Array:
+def sample(config: MMDiTConfig, execution: Execution, cache: float | None, trees: Trees,
+           features: Mapping[str, jax.Array], sigmas: jax.Array, made: Params) -> jax.Array:
     """The loop as a pure function: latents [B, h, w, 16] at sigmas[-1].
 
     Args:
+      cache: as the sampler's.
       trees: what `split` gives second, all three.
       features: as the sampler's, with `noise`, and without `pooled`.
       sigmas: [N + 1].
@@ -150,20 +165,26 @@ def sample(config: MMDiTConfig, execution: Execution, trees: Trees, features: Ma
     grid = jnp.broadcast_to(grid, (batch, *grid.shape))
     pooled = jnp.zeros((batch, config.vec_in_dim))  # the modulation knows it, and the noise level
 
-    def velocity(latents, sigma, one):
+    def forward(latents, sigma, one, residual=None):
         tokens = Tokens(lcu.channels(latents, **parts), grid, features["text"], pooled, jnp.full(batch, sigma))
-        found = mmdit.apply(config, tokens=tokens, modulation=one, execution=execution, **trees)
-        return execution.constrain(found, "hidden")
+        velocity, residual = mmdit.forward(config, tokens=tokens, modulation=one, residual=residual,
+                                           execution=execution, **trees)
+        return execution.constrain(velocity, "hidden"), residual
 
     noise = execution.constrain(lcu.patchify(features["noise"]).astype(jnp.float32), "hidden")
-    return lcu.unpack(flow.euler(velocity, noise, sigmas, made), height, width)
+    if cache is None:
+        latents = flow.euler(lambda *arguments: forward(*arguments)[0], noise, sigmas, made)
+    else:
+        residual = jax.ShapeDtypeStruct((*noise.shape[:2], config.hidden_size), execution.dtype)
+        latents = step_cache.euler(forward, noise, sigmas, made, residual, cache)
+    return lcu.unpack(latents, height, width)
 
 
 def _modulate(config, execution, trees, sigma, pooled, guidance):
     return modulation.modulations(config, sigma=sigma, pooled=pooled, guidance=guidance, execution=execution, **trees)
 
 
-_loop = jax.jit(sample, static_argnums=(0, 1))
+_loop = jax.jit(sample, static_argnums=(0, 1, 2))
 _modulations = jax.jit(_modulate, static_argnums=(0, 1))
 _vector = jax.jit(modulation.vector, static_argnums=(0, 1))
 _of_layer = jax.jit(modulation.of_layer, static_argnums=(0, 1, 2))

@@ -227,12 +227,18 @@ class MMDiT(nn.Module):
         self.single_blocks = _stack(SingleBlock, c, e, c.depth_single_blocks)
         self.final_layer = FinalLayer(c, e)
 
-    def __call__(self, tokens: Tokens, modulation: Params | None = None) -> jax.Array:
-        streams, vec, rope, lengths = self.embed(tokens, modulation is not None)
+    def __call__(self, tokens: Tokens, modulation: Params | None = None, residual: jax.Array | None = None
+                 ) -> tuple[jax.Array, jax.Array]:
+        (text, image), vec, rope, lengths = self.embed(tokens, modulation is not None)
         given = dict.fromkeys(("double_blocks", "single_blocks", "final_layer")) if modulation is None else modulation
-        streams, _ = self.double_blocks(streams, given["double_blocks"], vec, rope, lengths)
+        constrain = self.execution.constrain
+        if residual is not None:
+            residual = constrain(residual, "hidden")
+            return self.final_layer(constrain(image, "hidden") + residual, vec, given["final_layer"]), residual
+        streams, _ = self.double_blocks((text, image), given["double_blocks"], vec, rope, lengths)
         x, _ = self.single_blocks(jnp.concatenate(streams, axis=1), given["single_blocks"], vec, rope, lengths)
-        return self.head(x, vec, streams[0].shape[1], given["final_layer"])
+        added = constrain(x[:, text.shape[1]:], "hidden") - constrain(image, "hidden")
+        return self.head(x, vec, text.shape[1], given["final_layer"]), added
 
     def embed(self, tokens: Tokens, modulated: bool = False):
         """What blocks work on: the (text, image) streams, and vec (None where modulation is given), rope and lengths,
@@ -297,6 +303,16 @@ def apply(config: MMDiTConfig, params: Params, tokens: Tokens, *, lora: Params |
     Raises:
       ValueError: tokens whose channels are not the config's, or a `lora` for layers that the model does not have.
     """
+    return forward(config, params, tokens, lora=lora, quant=quant, modulation=modulation, execution=execution)[0]
+
+
+def forward(config: MMDiTConfig, params: Params, tokens: Tokens, *, lora: Params | None = None,
+            quant: Params | None = None, modulation: Params | None = None, residual: jax.Array | None = None,
+            execution: Execution = Execution()) -> tuple[jax.Array, jax.Array]:
+    """As `apply`, with what the blocks have added to the image's tokens, [B, S, hidden_size], beside the velocity.
+
+    Given a `residual`, the blocks do not run and this is added in their place.
+    """
     for field, found, expected in (("image", tokens.image.shape[-1], config.in_channels),
                                    ("text", tokens.text.shape[-1], config.context_in_dim),
                                    ("pooled", tokens.pooled.shape[-1], config.vec_in_dim)):
@@ -310,7 +326,7 @@ def apply(config: MMDiTConfig, params: Params, tokens: Tokens, *, lora: Params |
     if lora is not None:
         check_lora(collections, lora)
         collections["lora"] = lora
-    return MMDiT(config, execution).apply(collections, tokens, modulation)
+    return MMDiT(config, execution).apply(collections, tokens, modulation, residual)
 
 
 def check_lora(collections: dict[str, Params], lora: Params) -> None:

@@ -18,6 +18,7 @@ from acejax.adapt import lora as adapt
 from acejax.adapt import quantize
 from acejax.edit import sampler as sampling
 from acejax.edit.sampler import Sampler, sample, split
+from acejax.edit.step_cache import full_steps
 from acejax.model import modulation
 from tests import judges, loras
 from tests.goldens import cases
@@ -131,6 +132,20 @@ def test_offloaded_and_in_eight_bits(noise):
     assert judges.difference(found, expected) < 1e-4
 
 
+def test_a_step_cache_leaves_blocks_out(noise, alone):
+    """None at 0; the more the greater it is; at its greatest only the first and last step are whole."""
+    def cached(threshold):
+        return Sampler(CONFIG, loras.params(), cache=threshold)
+
+    assert judges.difference(cached(0.0)(features(), noise, STEPS, GUIDANCE), alone) < 1e-5
+    error = cached(1e9).cache_error(features(), noise, STEPS, GUIDANCE)
+    assert 1e-3 < error < 1
+    make = jax.jit(functools.partial(modulation.modulations, CONFIG))
+    made = make(loras.params(), np.linspace(1, 0.1, 8)[:, None], np.ones((1, CONFIG.vec_in_dim)), np.ones(1))
+    counts = [int(full_steps(made, threshold).sum()) for threshold in (0.0, 0.5, 1.0, 1e9)]
+    assert counts == sorted(counts, reverse=True) and (counts[0], counts[-1]) == (8, 2) and len(set(counts)) > 2, counts
+
+
 @pytest.mark.long
 def test_meshes_give_the_latents_of_one_device():
     run = subprocess.run([sys.executable, "-m", "tests.edit.meshed"], cwd=ROOT, capture_output=True, text=True)
@@ -152,7 +167,7 @@ def test_the_12b_loop_takes_no_weights_of_modulation(capsys):
                           array(28, 1, dtype=jnp.float32), array(1, 768), array(1, dtype=jnp.float32))
     side, canvas = 128, {name: array(1, 128, 128, 16) for name in ("edit", "modify", "noise")}
     given = canvas | {"mask": array(1, 8 * side, 8 * side, 1), "text": array(1, 512, 4096)}
-    lowered = jax.jit(sample, static_argnums=(0, 1)).lower(config, execution, rest, given,
+    lowered = jax.jit(sample, static_argnums=(0, 1, 2)).lower(config, execution, None, rest, given,
                                                            array(29, dtype=jnp.float32), made)
     assert lowered.out_info.shape == (1, side, side, 16)
     weights, whole, steps = (sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

@@ -113,7 +113,7 @@ def build(site: Site, folder: str) -> Any:
 
     @told
     def show(path: str | None):
-        return None if path is None else painted(web_form.preview(path, SIDE, limits))
+        return "" if path is None else painted(web_form.preview(path, SIDE, limits))
 
     @told
     def edit(chosen, prompt, picture, canvas, mask, references, seed, steps, guidance, scale, width, height,
@@ -136,8 +136,7 @@ def build(site: Site, folder: str) -> Any:
                     picture = gr.File(label=f"Picture (up to {limits.megabytes} MB)", file_types=PICTURES,
                                       height=150, elem_id="picture")
                 with gr.Group() as mask_part:
-                    canvas = Canvas(label="Paint over what is to change", height=500, elem_id="canvas",
-                                    placeholder="The picture to paint on appears here", buttons=[])
+                    canvas = Canvas(label="Paint over what is to change", show_label=True, container=True, elem_id="canvas")
                     with gr.Accordion("A mask from a file instead", open=False):
                         mask = gr.File(label="Mask of the picture's size, white where to change", height=150,
                                        file_types=PICTURES, elem_id="mask")
@@ -223,7 +222,7 @@ def _filled(example: Example, folder: str, painted: Callable, side: int) -> Call
             Image.fromarray(picture).save(place / name)
             return str(place / name)
 
-        image, shown = None, None
+        image, shown = None, ""
         if example.image is not None:
             image = kept("example.png", example.image)
             size = np.array(example.image.shape[:2])

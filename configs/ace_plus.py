@@ -3,6 +3,7 @@
 `ace_plus_stage1.py` and `ace_plus_stage2.py` are the same as two runs. After a colon may stand, with commas between:
 
 * a topology (`acejax plan --help` lists them): batch size and attention kernel for it, as in `:v5e-256`;
+* `one-card`: Adafactor on bfloat16 parameters, block by block as their gradients come, so that 12B fit in 36 GB;
 * `reference`: the hyper-parameters of the released code (ACE_plus `train_config/ace_plus_fft.yaml`) and its canvas.
 
 The paper does not tell its hyper-parameters. Those here are ours, and no run at full size stands behind them yet.
@@ -49,10 +50,11 @@ def get_config(choices: str = "") -> ConfigDict:
         "loss": {"mask_weight": 1.0, "sigma_shift": 0.0, "sigma_spread": 1.0},
         "optimizer": {"name": "adamw", "learning_rate": 2e-5, "schedule": "cosine", "warmup": 0.02, "b1": 0.9,
                       "b2": 0.99, "eps": 1e-8, "momentum": 0.95, "weight_decay": 0.01, "clip": 1.0, "accumulate": 1,
-                      "ema": 0.0},
+                      "ema": 0.0, "param_dtype": "float32", "rounding": "stochastic", "fused": False},
         "mesh": {"data": 1, "fsdp": -1, "tensor": 1, "seq": 1},
         "execution": {"dtype": "bfloat16", "attention": "auto", "remat": "full"},
-        "checkpoint": {"every": 1000, "keep": 2, "best": 1, "export_every": 0, "export_layout": "bfl"},
+        "checkpoint": {"every": 1000, "keep": 2, "best": 1, "export_every": 0, "export_layout": "bfl",
+                       "export_dtype": config_dict.placeholder(str)},
         "watch": {"every": 50, "bad_steps": 10},
         "validation": {"every": 1000, "held": 8, "sources": {}, "sigmas": (0.1, 0.3, 0.5, 0.7, 0.9),
                        "grid_every": 5000, "grid": 2, "steps": 28, "guidance": 1.0},
@@ -62,6 +64,9 @@ def get_config(choices: str = "") -> ConfigDict:
             config.seed = 1999
             config.data.canvas.update({"max_tokens": 2048, "parity": "reference"})
             config.optimizer.update({"learning_rate": 5e-5, "warmup": 0.0, "b2": 0.999, "eps": 1e-6})
+        elif choice == "one-card":
+            config.optimizer.update({"name": "adafactor", "param_dtype": "bfloat16", "fused": True, "clip": 0.0})
+            config.data.batch_tokens = TOKENS
         else:
             chip, devices = topology(choice)
             config.data.batch_tokens = devices * TOKENS

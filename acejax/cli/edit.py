@@ -12,10 +12,9 @@ from acejax.cli.config import parse_flags
 from acejax.data import written
 from acejax.errors import UserError
 
-WEIGHTS = ("demo", "weights", "base")
 PICTURES = ("image", "mask", "reference", "control")
 KEPT = ("task", "prompt", "size", "scale", "seed", "steps", "guidance", "crop", "paste", "parity", "batch", "manifest",
-        "overwrite", "json")  # what a record decides, or what makes no sense with one
+        "overwrite", "warm_up", "json", "dtype", "eight_bits", "staged", "offload", "mesh")  # a record tells them
 
 
 def main(argv: Sequence[str]) -> int:
@@ -36,20 +35,25 @@ def main(argv: Sequence[str]) -> int:
 
         if said := [name for name in KEPT if values[name].present]:
             raise UserError(f"edit: --from makes an edit again as it was; --{said[0]} can't be given with it")
-        moved = {name: flag[name] for name in ("image", "mask", "control", "weights", "base")}
+        moved = {name: flag[name] for name in ("image", "mask", "control", "weights", "base", "contour", "depth")}
         return again(flag["from"], flag["out"], moved | {"references": flag["reference"]}, loras)
-    from acejax.cli.edit_run import check, run
+    from acejax.cli.edit_run import check, run, warm_up
     from acejax.edit.request import Options
 
     _check_flags(flag)
     options = Options(flag["steps"], flag["guidance"], flag["crop"], flag["paste"])
     entries = _entries(flag)
+    if flag["warm_up"]:
+        opened = open_weights(flag, loras, flag["parity"])
+        count = warm_up(entries, check(entries, opened, options), opened, options, flag["batch"])
+        print(f"compiled for {count} kind{'s' * (count > 1)} of edits in {time.time() - start:.1f} s; nothing written")
+        return 0
     left = [entry for entry in entries if not entry.line or flag["overwrite"] or not epath.Path(entry.out).exists()]
     if len(left) < len(entries):
         print(f"{len(entries) - len(left)} of {len(entries)} are there already (--overwrite makes them again)")
     edits: list[dict[str, Any]] = []
     if left:
-        opened = open_weights({name: flag[name] for name in WEIGHTS}, loras, flag["parity"])
+        opened = open_weights(flag, loras, flag["parity"])
         edits = run(left, check(left, opened, options), opened, options, flag["batch"])
     if flag["json"]:
         report = _about() | {"seconds": round(time.time() - start, 3), "edits": edits}
@@ -59,8 +63,8 @@ def main(argv: Sequence[str]) -> int:
 
 def _check_flags(flag: Mapping[str, Any]) -> None:
     if not flag["demo"] and not flag["base"]:
-        raise UserError("edit: add --demo to use the small weights that come with acejax")
-    if not flag["out"]:
+        raise UserError("edit: add --demo to use the small weights that come with acejax, or --base=FOLDER of FLUX.1")
+    if not flag["out"] and (flag["manifest"] or not flag["warm_up"]):
         raise UserError("edit: --out is missing")
     if flag["manifest"] and (given := [name for name in PICTURES if flag[name]]):
         raise UserError(f"edit: --{given[0]} with --manifest, whose lines name their pictures")
@@ -79,7 +83,8 @@ def _entries(flag: Mapping[str, Any]) -> list[Any]:
     if flag["manifest"]:
         defaults = {name: flag[name] for name in ("prompt", "task", "size", "scale") if flag[name] is not None}
         return manifest.read(flag["manifest"], flag["out"], defaults, seeds)
-    entry = manifest.Entry(flag["out"], flag["prompt"] or "", flag["task"], flag["image"], flag["mask"],
+    out = flag["out"] or "warm_up.png"  # which is not written
+    entry = manifest.Entry(out, flag["prompt"] or "", flag["task"], flag["image"], flag["mask"],
                            tuple(flag["reference"] or ()), flag["control"], flag["size"], flag["scale"])
     return manifest.seeded(entry, seeds)
 
@@ -99,8 +104,8 @@ def _tasks(demo: bool) -> str:
 
     if demo:
         from acejax.demo.tasks import TASKS
-    lines = [f"{'task':<20}{'image':<10}{'mask':<10}{'references':<12}{'scale':<11}{'annotator':<11}{'LoRA':<15}what it "
-             "does"]
+    lines = [f"{'task':<20}{'image':<10}{'mask':<10}{'references':<12}{'scale':<11}{'annotator':<11}{'LoRA':<15}"
+             "what it does"]
     for name, task in TASKS.items():
         least, most = task.references
         count = str(least) if least == most else f"{least} or more" if most is None else f"{least} to {most}"
@@ -121,9 +126,18 @@ def _define(values: flags.FlagValues) -> None:
         flags.DEFINE_boolean(name, False, about, flag_values=values)
 
     switch("demo", "Use the small weights that come with acejax.")
-    text("weights", "With --demo: a folder of a demo's weights (WORKDIR/weights) instead of those shipped.")
-    text("base", "A folder of FLUX.1's parts.")
+    text("base", "FLUX.1's folder or hub id, such as black-forest-labs/FLUX.1-Fill-dev: autoencoder, text encoders and "
+         "transformer.")
+    text("weights", "Another transformer than that of --base: a file, folder, hub id or the workdir of a run; with "
+         "--demo a folder of a demo's weights (WORKDIR/weights).")
     flags.DEFINE_multi_string("lora", None, "FILE[:SCALE] of a LoRA; may be given several times.", flag_values=values)
+    text("dtype", "Of FLUX's weights and activations: bfloat16, float16 or float32; with --demo always float32.")
+    text("eight_bits", "Keep the transformer's kernels as int8 or float8.")
+    switch("staged", "For small cards: text encoders and transformer are never in memory together.")
+    switch("offload", "Keep on the host what is used once an edit: 6.5 GB of FLUX's transformer.")
+    text("mesh", "Spread the transformer over devices: fsdp=4,tensor=2.")
+    text("contour", "The drawing network's file, for contour_repainting.")
+    text("depth", "A DPT's folder, for depth_repainting.")
     text("prompt", "What to make, e.g. 'a red heart' or 'make it blue'.")
     text("task", "A preset (--list_tasks); by default what the inputs stand for.")
     switch("list_tasks", "List the presets and what each takes.")
@@ -148,7 +162,8 @@ def _define(values: flags.FlagValues) -> None:
          "do not.")
     text("manifest", "Edits as JSON lines; those whose result is there already are left out.")
     switch("overwrite", "With --manifest: make those again, too.")
+    switch("warm_up", "Make what is asked for once and write nothing: programs are compiled when they are needed.")
     text("json", "Write what was done there: task, prompt, size, window, drift, tokens, seconds.")
-    text("from", "A PNG of acejax edit: verify its pictures, weights and LoRAs, make it again and compare (exit code 1: "
-         "other pixels). --image, --mask, --reference, --control, --weights, --base and --lora say where a file is "
+    text("from", "A PNG of acejax edit: verify its pictures, weights and LoRAs, make it again and compare (exit code "
+         "1: other pixels). --image, --mask, --reference, --control, --weights, --base and --lora say where a file is "
          "now.")

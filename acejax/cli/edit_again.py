@@ -8,7 +8,7 @@ import numpy as np
 from etils import epath
 
 from acejax.cli.edit_run import edit
-from acejax.cli.edit_weights import Lora, open_weights
+from acejax.cli.edit_weights import FLAGS, Lora, open_weights
 from acejax.edit import files, record
 from acejax.errors import UserError
 
@@ -28,9 +28,11 @@ def again(path: str, out: str | None, moved: Mapping[str, Any], loras: Sequence[
     """
     kept, folder = record.read(path), epath.Path(path).parent
     entry = kept.entry(folder, out or path, moved)
-    flags = {name: record.resolved(folder, value) if isinstance(value, str) and value.startswith("./") else value
-             for name, value in kept.opened.items()}
-    flags |= {name: moved[name] for name in ("weights", "base") if moved.get(name)}
+    flags = {name: record.resolved(folder, value) if isinstance(value, str) else value
+             for name, value in kept.opened.items() if name in FLAGS}
+    if missing := [name for name in FLAGS if name not in flags]:
+        raise UserError(f"{path}: its record can't be read: {missing[0]} is missing")
+    flags |= {name: moved[name] for name in ("weights", "base", "contour", "depth") if moved.get(name)}
     before = [(record.resolved(folder, file.path), file.scale) for file in kept.files if file.field == "lora"]
     if loras and len(loras) != len(before):
         raise UserError(f"{path} was made with {len(before)} LoRAs; found {len(loras)}")

@@ -63,6 +63,16 @@ def run(entries: Sequence[Entry], shapes: Sequence[Hashable], opened: Opened, op
     return [rows[index] for index in range(len(entries))]
 
 
+def warm_up(entries: Sequence[Entry], shapes: Sequence[Hashable], opened: Opened, options: Options, batch: int) -> int:
+    """Make edits of each shape and number and write nothing: their programs are in the compile cache then, and counted.
+    """
+    distinct = {(shapes[members[0]], len(members)): members for members in _calls(shapes, batch)}
+    with _Said(len(distinct)) as said:
+        for members in distinct.values():
+            opened.editor.edit([entries[index].open()[0] for index in members], options, said)
+    return len(distinct)
+
+
 def edit(entries: Sequence[Entry], opened: Opened, options: Options, said: Any = None) -> list[tuple[Result, Record]]:
     """Edits of equal shapes, made at once, and the record of each."""
     read = [entry.open() for entry in entries]
@@ -70,12 +80,14 @@ def edit(entries: Sequence[Entry], opened: Opened, options: Options, said: Any =
     made = []
     for place, (entry, (request, hashes), result) in enumerate(zip(entries, read, results, strict=True)):
         folder = epath.Path(entry.out).parent
+
+        def seen(value: Any, folder: epath.Path = folder) -> Any:
+            return record.relative(folder, value) if isinstance(value, str) and value.startswith("/") else value
+
         used = [File(name, record.relative(folder, path), sha256)
                 for (name, path), sha256 in zip(entry.inputs, hashes, strict=True)]
-        used += [dataclasses.replace(file, path=record.relative(folder, file.path)) if "/" in file.path else file
-                 for file in opened.files]
-        flags = {name: f"./{record.relative(folder, value)}" if isinstance(value, str) and value.startswith("/")
-                 else value for name, value in opened.flags.items()}
+        used += [dataclasses.replace(file, path=seen(file.path)) for file in opened.files]
+        flags = {name: seen(value) for name, value in opened.flags.items()}
         made.append((result, record.make(opened.editor.profile, request, options, result, (place, len(entries)), flags,
                                          used)))
     return made

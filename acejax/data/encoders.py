@@ -77,7 +77,8 @@ class Encoders:
       picture_id: names what `pictures` gives.
       prompt_key: names what `prompts` gives for one; the same for prompts that are read alike.
       text_shape: (T, D, P) where it is known before anything is encoded.
-      free_autoencoder: lets go of what `pictures` has in memory; it is read again at the next call.
+      free_autoencoder, free_prompts: let go of what `pictures`, `prompts` has in memory; it is read again at the next
+        call.
       text_id: names what `prompts` gives for any prompt; "" where only `prompt_key` tells, prompt by prompt.
     """
 
@@ -88,6 +89,7 @@ class Encoders:
     text_shape: tuple[int, int, int] | None = None
     text_id: str = ""
     free_autoencoder: Callable[[], None] = lambda: None
+    free_prompts: Callable[[], None] = lambda: None
 
     @classmethod
     def load(cls, config: EncodersConfig, mesh: Mesh | None = None, notes: epath.PathLike | None = None) -> "Encoders":
@@ -127,7 +129,7 @@ class Encoders:
 
         shape = (config.text_length, t5_model.config.d_model, clip_model.config.hidden_size)
         pictures = _Pictures(picture_model, jnp.dtype(dtype), config.tile, mesh)
-        return cls(pictures, prompts, name, prompt_key, shape, text_id, pictures.free)
+        return cls(pictures, prompts, name, prompt_key, shape, text_id, pictures.free, prompts.free)
 
 
 class _Pictures:
@@ -172,6 +174,9 @@ class _Prompts:
         run, mesh = self._loaded
         text, pooled = run(*_split(mesh, *self.ids(prompts)))
         return text[:len(prompts)], pooled[:len(prompts)]
+
+    def free(self) -> None:
+        self.__dict__.pop("_loaded", None)
 
     @functools.cached_property
     def _loaded(self) -> tuple[Callable[..., tuple[jax.Array, jax.Array]], Mesh]:

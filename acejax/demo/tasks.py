@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from acejax.demo.pictures import REPAINTING
-from acejax.edit.tasks import NEEDED, NONE, Task
+from acejax.edit.tasks import NEEDED, NONE, OPTIONAL, Task
 
 
 def _task(about: str, name: str, image: str, mask: str, references: int = 0, **more) -> Task:
@@ -11,6 +11,8 @@ def _task(about: str, name: str, image: str, mask: str, references: int = 0, **m
 
 
 TASKS: Mapping[str, Task] = {
+    "remove": _task("take a symbol away, with a mask or without: 'remove it', 'remove the heart'", "remove", NEEDED,
+                    OPTIONAL, starts="remove "),
     "recolor": _task("give what is inside the mask another colour: 'make it blue'", "recolor", NEEDED, NEEDED,
                      starts="make "),
     "insert": _task("paint a symbol inside the mask: 'a red heart'", "insert", NEEDED, NEEDED),

@@ -6,6 +6,7 @@ resolution are ours. `parity="reference"` gives theirs to the pixel, with OpenCV
 
 import functools
 import os
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,7 @@ def annotate(name: str, picture: np.ndarray, *, weights: str | os.PathLike | Non
         canny: edges, white on black; needs OpenCV.
         blur: Gaussian, with a standard deviation of 1/128 of the short side, at least one pixel.
         low_resolution: what a quarter of the pixels a side keeps.
-        contour: a line drawing, dark on white, by a network.
+        contour: a line drawing, dark on white, by a network that needs 3 GB of memory for a megapixel.
         depth: near is white; by a network, min to max of the picture.
         none: the picture.
       weights: contour: informative-drawings' generator, a safetensors file or PyTorch's. Depth: a folder with a DPT
@@ -53,6 +54,12 @@ def annotate(name: str, picture: np.ndarray, *, weights: str | os.PathLike | Non
     make = _PLAIN[name] if weights is None else functools.partial(_MODELS[name][0], weights)
     made = make(picture, reference)
     return made if made.ndim == 3 else np.repeat(made[..., None], 3, axis=2)
+
+
+def annotator(weights: Mapping[str, str | os.PathLike] | None = None, parity: str | None = None
+              ) -> Callable[[str, np.ndarray], np.ndarray]:
+    """`annotate` with the networks' weights by name (contour, depth) and the parity that are at hand."""
+    return lambda name, picture: annotate(name, picture, weights=(weights or {}).get(name), parity=parity)
 
 
 def inside(annotated: np.ndarray, picture: np.ndarray, mask: np.ndarray | None, *,

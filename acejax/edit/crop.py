@@ -44,18 +44,18 @@ def around(mask: np.ndarray, share: float) -> Crop:
     return Crop(place(top, height, tall, mask.shape[0]), place(left, width, wide, mask.shape[1]), tall, wide)
 
 
-def square(mask: np.ndarray, share: float) -> Crop:
+def square(mask: np.ndarray, share: float, cells: int = 8) -> Crop:
     """The square window in whose middle the mask's bounding box takes `share` of the side.
 
     It is moved towards the inside of the picture where it fits, so that the model sees real surroundings, by whole
-    eighths of its side, so that the box stays on the latent grid of a small model; less than an eighth may be left
-    outside. It always holds the whole mask.
+    cells, of which its side has `cells`, so that the box stays on the latent grid of a model of as many; less than one
+    may be left outside. It always holds the whole mask.
     """
     (top, height), (left, width) = _box(mask)
     side = max(1, round(max(height, width) / share))
 
     def place(low: int, extent: int, limit: int) -> int:
-        start, cell = low + extent / 2 - side / 2, side / 8
+        start, cell = low + extent / 2 - side / 2, side / cells
         if side > limit:
             return (limit - side) // 2
         start += max(0, -start) // cell * cell - max(0, start + side - limit) // cell * cell

@@ -11,7 +11,7 @@ from acejax.data import latents
 from acejax.data.canvas import Canvas, denormalize
 from acejax.data.encoders import EncodePrompts
 from acejax.data.latents import EncodePictures
-from acejax.edit.annotators import annotate
+from acejax.edit.annotators import annotator
 from acejax.edit.prepare import Annotate, Prepared, finish, prepare
 from acejax.edit.profile import Profile
 from acejax.edit.request import Options, Request, Result
@@ -31,19 +31,19 @@ class Editor:
       decode_latents: the way back.
       encode_prompts: prompts -> text [B, T, D] and pooled [B, P].
       lora: pairs to add to the transformer (`acejax.adapt.lora`); may be replaced between edits.
-      annotate: (name, picture) -> the control map of a picture.
+      annotate: (name, picture) -> the control map of a picture; None: what needs no weights (`acejax.edit.annotators`).
       batch: most edits that are made at once.
       check_prompt: raises UserError for a prompt that can't be read.
     """
 
     def __init__(self, profile: Profile, sampler: Sampler, encode_pictures: EncodePictures,
                  decode_latents: Callable[[jax.Array], jax.Array], encode_prompts: EncodePrompts, *, lora: Any = None,
-                 annotate: Annotate = annotate, batch: int = 4,
+                 annotate: Annotate | None = None, batch: int = 4,
                  check_prompt: Callable[[str], object] = lambda prompt: None):
         self.profile, self.lora = profile, lora
         self._sampler, self._encode_pictures, self._decode = sampler, encode_pictures, decode_latents
-        self._encode_prompts, self._annotate, self._batch = encode_prompts, annotate, batch
-        self._check_prompt = check_prompt
+        self._annotate = annotate or annotator(parity=profile.canvas.parity)
+        self._encode_prompts, self._check_prompt, self._batch = encode_prompts, check_prompt, batch
 
     def __call__(self, task: str | None, prompt: str, *, image: np.ndarray | None = None,
                  mask: np.ndarray | None = None, references: Sequence[np.ndarray] = (), seed: int = 0,

@@ -156,13 +156,13 @@ def _entries(text: str, line: str, folder: epath.Path, out: epath.Path, defaults
 def _object(text: str) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if len(dict(pairs)) < len(pairs):
-            raise UserError("a field is there twice")
+            raise ValueError("a field is there twice")
         return dict(pairs)
 
     try:
         found = json.loads(text, object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"found no JSON ({' '.join(str(error).split())[:100]}); expected an object, like "
+        raise UserError(f"found no good JSON ({' '.join(str(error).split())[:100]}); expected an object, like "
                         '{"image": ..., "mask": ..., "prompt": ...}') from error
     if not isinstance(found, dict):
         raise UserError('expected an object, like {"image": ..., "mask": ..., "prompt": ...}')

@@ -11,6 +11,7 @@ from acejax.data.layout import ASPECT, lay_editing
 from acejax.data.released import output
 from acejax.data.released_layout import TOKEN, Size
 from acejax.edit import crop, paste, tasks
+from acejax.edit.annotators import inside
 from acejax.edit.crop import Crop
 from acejax.edit.profile import Profile
 from acejax.edit.request import Options, Request, Result
@@ -66,18 +67,18 @@ def prepare(profile: Profile, request: Request, options: Options, annotate: Anno
         return Prepared(request, name, prompt, editing(profile.canvas, None, None, shown, size, scale), None, None,
                         None, size)
     if parity:
-        seen = _annotated(image, mask, request.control, task.annotator, annotate)
+        seen = _annotated(image, mask, request.control, task.annotator, annotate, profile.canvas.parity)
         return Prepared(request, name, prompt, editing(profile.canvas, seen, mask, request.references, None, scale),
                         image, mask, None, size)
     window, working = _window(profile, task, image, mask, request, options)
-    seen, inside, control = (None if array is None else crop.cut(array, window, working)
+    seen, generate, control = (None if array is None else crop.cut(array, window, working)
                              for array in (image, mask, request.control))
-    if inside is not None and profile.side:
-        inside = _boxes(inside, max(1, len(request.references)))
-    seen = _annotated(seen, inside, control, task.annotator, annotate)
+    if generate is not None and profile.side:
+        generate = _boxes(generate, max(1, len(request.references)))
+    seen = _annotated(seen, generate, control, task.annotator, annotate, None)
     shown = [_whole(profile, reference) for reference in request.references]
-    return Prepared(request, name, prompt, editing(profile.canvas, seen, inside, shown, None, scale), image, mask,
-                    window, size)
+    return Prepared(request, name, prompt, editing(profile.canvas, seen, generate, shown, None, scale), image,
+                    mask, window, size)
 
 
 def finish(prepared: Prepared, made: np.ndarray, options: Options) -> Result:
@@ -153,7 +154,8 @@ def _window(profile: Profile, task: tasks.Task, image: np.ndarray, mask: np.ndar
     size = image.shape[:2]
     if profile.side:
         close = mask is not None and options.crop != "none"
-        return (crop.square(mask, task.share) if close else crop.whole_square(size)), (profile.side, profile.side)
+        window = crop.square(mask, task.share, profile.side // CELL) if close else crop.whole_square(size)
+        return window, (profile.side, profile.side)
     if options.crop == "mask" and mask is None:
         raise UserError("crop is 'mask', and there is no mask")
     seen = crop.middle(size)
@@ -168,12 +170,11 @@ def _window(profile: Profile, task: tasks.Task, image: np.ndarray, mask: np.ndar
 
 
 def _annotated(image: np.ndarray, mask: np.ndarray | None, control: np.ndarray | None, annotator: str,
-               annotate: Annotate) -> np.ndarray:
+               annotate: Annotate, parity: str | None) -> np.ndarray:
     """The map of a picture inside the mask, the picture outside."""
     if control is None and annotator == "none":
         return image
-    drawn = annotate(annotator, image) if control is None else control
-    return drawn if mask is None else np.where(mask[..., None] > 127, drawn, image)
+    return inside(annotate(annotator, image) if control is None else control, image, mask, parity=parity)
 
 
 def _whole(profile: Profile, reference: np.ndarray) -> np.ndarray:

@@ -165,15 +165,16 @@ def changes(record: Record, entry: Entry, found: Sequence[File] | None) -> list[
 
 
 def relative(folder: epath.PathLike, path: str) -> str:
-    """A path as seen from a folder; one in a bucket as it is."""
+    """A path as seen from a folder, with a dot before it; one in a bucket as it is."""
     if "://" in path or "://" in str(folder):
         return path if "://" in path else os.path.abspath(path)
-    return os.path.relpath(os.path.abspath(path), os.path.abspath(folder))
+    found = os.path.relpath(os.path.abspath(path), os.path.abspath(folder))
+    return found if found.startswith("..") else f"./{found}"
 
 
 def resolved(folder: epath.PathLike, path: str) -> str:
-    """The way back of `relative`."""
-    return path if path.startswith("/") or "://" in path else os.path.normpath(os.path.join(str(folder), path))
+    """The way back of `relative`; what has no dot before it is no such path."""
+    return os.path.normpath(os.path.join(str(folder), path)) if path.startswith(".") else path
 
 
 def platform() -> str:

@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from acejax.errors import UserError
 
 RULES = (
+    (r"/v_(row|col)/", ()),  # Adafactor's means over one axis of a kernel: small, and of other axes than the kernel's
     # q: a quantised kernel
     (r"qkv/(kernel|q)$", ("fsdp", None, "tensor", None)),  # [in, 3, heads, head_dim]
     (r"qkv/bias$", (None, "tensor", None)),

@@ -10,9 +10,10 @@ import optax
 import optax.contrib
 
 from acejax.parallel.rules import path_of
+from acejax.train.adafactor import Adafactor
 from acejax.train.config import OptimizerConfig
-
-STACKS = ("double_blocks", "single_blocks")
+from acejax.train.stacks import STACKS, length, put, take
+from acejax.train.step import Optimizer
 
 FALLING = {  # by schedule: the share of the rate that is left when a share of the run, warm-up apart, is done
     "constant": jnp.ones_like,
@@ -33,13 +34,16 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
     return rate
 
 
-def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformationExtraArgs:
-    """AdamW, or Muon for the blocks' kernels and AdamW for the rest, after clipping by the global norm.
+def make_optimizer(config: OptimizerConfig, steps: int) -> Optimizer:
+    """AdamW, Muon for the blocks' kernels and AdamW for the rest, or Adafactor, after clipping by the global norm.
 
-    Moments have the parameters' dtype. `update` wants the run's `step` as an extra argument, so that a skipped step
-    does not put the learning rate off. A rate fits both: Muon's updates are scaled to the size of AdamW's
-    (arXiv 2502.16982).
+    AdamW's and Muon's moments have the parameters' dtype; their `update` wants the run's `step` as an extra argument,
+    so that a skipped step does not put the learning rate off. A rate fits all: Muon's updates are scaled to the size of
+    AdamW's (arXiv 2502.16982).
     """
+    if config.name == "adafactor":
+        return Adafactor(learning_rate(config, steps), config.weight_decay, config.clip,
+                         stochastic=config.rounding == "stochastic")
     adamw = functools.partial(optax.adamw, 1.0, config.b1, config.b2, config.eps, weight_decay=config.weight_decay)
     if config.name == "muon":
         muon = _by_layer(optax.contrib.muon(
@@ -50,7 +54,8 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
             name: name if name in STACKS else "rest" for name in params})  # nesterov: as Muon's own AdamW
     else:
         direction = adamw()
-    return optax.chain(optax.clip_by_global_norm(config.clip), direction, _scale(learning_rate(config, steps)))
+    clip = optax.clip_by_global_norm(config.clip) if config.clip else optax.identity()
+    return optax.chain(clip, direction, _scale(learning_rate(config, steps)))
 
 
 def dimension_numbers(params: Any) -> Any:
@@ -75,13 +80,9 @@ def _by_layer(layer: optax.GradientTransformation) -> optax.GradientTransformati
     """
     def update(updates, state, params):
         def one(index, carry):
-            def at(tree):
-                return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), tree)
+            return put(carry, layer.update(*take(carry, index), take(params, index)), index)
 
-            return jax.tree.map(lambda stack, new: jax.lax.dynamic_update_index_in_dim(stack, new, index, 0), carry,
-                                layer.update(*map(at, carry), at(params)))
-
-        return jax.lax.fori_loop(0, len(jax.tree.leaves(params)[0]), one, (updates, state))
+        return jax.lax.fori_loop(0, length(params), one, (updates, state))
 
     return optax.GradientTransformation(jax.vmap(layer.init), update)
 

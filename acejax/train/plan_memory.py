@@ -14,7 +14,8 @@ from acejax.model import attention
 from acejax.model.config import MMDiTConfig
 from acejax.model.mmdit import init
 from acejax.parallel import rules
-from acejax.train.config import OptimizerConfig, TrainConfig
+from acejax.train import lora
+from acejax.train.config import LoraConfig, OptimizerConfig, TrainConfig
 from acejax.train.optimizer import make_optimizer
 from acejax.train.plan_compile import abstract_batch
 
@@ -76,8 +77,10 @@ class Memory:
     """Bytes of one device.
 
     Attributes:
-      parameters, optimizer, average, batch: what the step is given: float32 parameters, moments, EMA, features.
-      gradients: of all parameters; twice where parts of a batch are added up.
+      frozen: the model that a LoRA is trained on.
+      parameters, optimizer, average, batch: what the step is given: parameters, moments, float32 EMA, features.
+      gradients: of all parameters, and a float32 sum where parts of a batch are added up; of one block, and of what is
+        in none, in a fused step.
       saved: what blocks keep for the backward pass.
       working: what is live while one block is recomputed and differentiated.
       gathered: weights of the block at work, from all devices.
@@ -87,6 +90,7 @@ class Memory:
       reserve: see Backend.
     """
 
+    frozen: float
     parameters: float
     optimizer: float
     average: float
@@ -101,7 +105,7 @@ class Memory:
 
     @property
     def arguments(self) -> float:
-        return self.parameters + self.optimizer + self.average + self.batch
+        return self.frozen + self.parameters + self.optimizer + self.average + self.batch
 
     @property
     def temporaries(self) -> float:
@@ -124,7 +128,7 @@ def memory(run: TrainConfig, mesh: AbstractMesh, samples: int, image: int, text:
     """
     model, dtype, held = run.model, jnp.dtype(run.execution.dtype), BACKENDS[backend]
     tensor, seq, accumulate = mesh.shape["tensor"], mesh.shape["seq"], run.optimizer.accumulate
-    parameters, optimizer = state_bytes(model, run.optimizer, mesh)
+    frozen, parameters, optimizer = state_bytes(model, run.lora, run.optimizer, mesh)
     local = samples / rules.batch_parts(mesh, accumulate)
     tokens = image + text
     array = local * tokens / seq * model.hidden_size * dtype.itemsize
@@ -136,10 +140,12 @@ def memory(run: TrainConfig, mesh: AbstractMesh, samples: int, image: int, text:
     working += _logits(run, local, tokens, held) / (tensor * seq)
     gathered = held.gathered(model, dtype.itemsize) / tensor
     vectors = 4 * samples / accumulate * model.hidden_size * VECTORS
-    gradients = parameters * (1 if accumulate == 1 else 2)
+    size = jnp.dtype(run.optimizer.param_dtype).itemsize
+    summed = 4 / size * parameters  # as float32
+    gradients = parameters + (summed if accumulate > 1 else 0)
     backward = gradients + saved + working + gathered + vectors
     return Memory(
-        parameters=parameters, optimizer=optimizer, average=parameters if run.optimizer.ema else 0.0,
+        frozen=frozen, parameters=parameters, optimizer=optimizer, average=summed if run.optimizer.ema else 0.0,
         batch=sum(leaf.size * leaf.dtype.itemsize for leaf in batch.values()) * samples / rules.batch_parts(mesh),
         gradients=gradients, saved=saved, working=working, gathered=gathered, vectors=vectors,
         updating=max(MUON * parameters - backward, 0.0) if run.optimizer.name == "muon" else 0.0, reserve=held.reserve)
@@ -159,11 +165,17 @@ def attention_of(name: str, tokens: int) -> str:
 
 
 @functools.lru_cache(maxsize=32)
-def state_bytes(model: MMDiTConfig, config: OptimizerConfig, mesh: AbstractMesh) -> tuple[float, float]:
-    """Bytes of one device: float32 parameters, and the optimizer's state, by the rules of `acejax.parallel.rules`."""
-    params = jax.eval_shape(functools.partial(init, model), jax.random.key(0))
+def state_bytes(model: MMDiTConfig, adapter: LoraConfig | None, config: OptimizerConfig, mesh: AbstractMesh
+                ) -> tuple[float, float, float]:
+    """Bytes of one device: a LoRA's base, what is trained, and the optimizer's state, by the rules of
+    `acejax.parallel.rules`."""
+    frozen, params = {}, jax.eval_shape(functools.partial(init, model), jax.random.key(0))
+    if adapter:
+        params, scales = lora.shapes(adapter, model)
+        frozen = lora.base_shapes(adapter, model) | {"scales": scales}
+    params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(config.param_dtype)), params)
     state = jax.eval_shape(make_optimizer(config, 1).init, params)
-    return _bytes(params, mesh), _bytes(state, mesh)
+    return _bytes(frozen, mesh), _bytes(params, mesh), _bytes(state, mesh)
 
 
 def _bytes(tree: Any, mesh: AbstractMesh) -> float:

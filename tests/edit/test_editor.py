@@ -166,7 +166,7 @@ def test_parity_hands_out_what_the_released_code_does():
 ])
 def test_mistakes(request_, message):
     made = {"image": picture(64, 64), "mask": np.full((64, 64), 255, np.uint8)}
-    request_ = {name: made[name] if name in made else value for name, value in request_.items()}
+    request_ = {name: made.get(name, value) for name, value in request_.items()}
     editor = White()
     with pytest.raises(UserError, match=message):
         editor.edit([Request("fine", image=picture(64, 64)), Request(**request_)])

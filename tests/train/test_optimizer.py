@@ -70,8 +70,9 @@ def test_muon_turns_each_matrix_of_a_stack():
 
 
 @pytest.mark.parametrize("field, value, message", [
-    ("name", "lion", "name is 'lion'; known: adamw, muon"), ("schedule", "x", "schedule is 'x'; known: cosine, li"),
-    ("warmup", 1.0, "warmup is 1.0; expected 0 or more, below 1"), ("clip", 0.0, "clip is 0.0; expected above 0"),
+    ("name", "lion", "name is 'lion'; known: adamw, muon, adafactor"),
+    ("schedule", "x", "schedule is 'x'; known: cosine, li"),
+    ("warmup", 1.0, "warmup is 1.0; expected 0 or more, below 1"), ("clip", -1.0, "clip is -1.0; expected at least 0"),
     ("accumulate", 0, "accumulate is 0; expected at least 1")])
 def test_what_cannot_be(field, value, message):
     with pytest.raises(UserError, match=message):

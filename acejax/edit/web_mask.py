@@ -9,11 +9,11 @@ import binascii
 import io
 import json
 import pathlib
-from typing import Any
 
-import gradio as gr
 import numpy as np
 from PIL import Image
+
+from acejax.errors import UserError
 
 SIDE = 640  # pixels of the longer side
 LONGEST = 4_000_000  # characters that a browser may send
@@ -26,26 +26,22 @@ TEMPLATE = """<div class="paper empty"><div class="hint">The picture to paint on
 <label><input class="erase" type="checkbox"> erase</label><button class="clear" type="button">Clear</button></div>"""
 
 
-class Canvas(gr.HTML):
-    """Gives [h, w] uint8, 255 where painted, or None where nothing is; shows what `painted` makes."""
+def read(value: str | None) -> np.ndarray | None:
+    """Where the canvas is painted, [h, w] uint8, 255 = painted; None where nothing is.
 
-    def __init__(self, **more: Any):
-        super().__init__(html_template=TEMPLATE, js_on_load=SCRIPT.read_text(), apply_default_css=False, **more)
-
-    def preprocess(self, payload: str | None) -> np.ndarray | None:
-        """Raises:
-          gr.Error: no strokes of this canvas.
-        """
-        if not payload:
-            return None
-        try:
-            if len(payload) > LONGEST:
-                raise ValueError("too long")
-            url = json.loads(payload)["mask"] if payload.startswith("{") else payload
-            mask = None if url is None else _covered(url)
-        except (ValueError, KeyError, TypeError, AttributeError, OSError, SyntaxError, RecursionError) as error:
-            raise gr.Error("what is painted can't be read", print_exception=False) from error
-        return mask if mask is not None and mask.any() else None
+    Raises:
+      UserError: no strokes of this canvas.
+    """
+    if not value:
+        return None
+    try:
+        if len(value) > LONGEST:
+            raise ValueError("too long")
+        url = json.loads(value)["mask"] if value.startswith("{") else value
+        mask = None if url is None else _covered(url)
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, SyntaxError, RecursionError) as error:
+        raise UserError("what is painted can't be read") from error
+    return mask if mask is not None and mask.any() else None
 
 
 def painted(picture: np.ndarray, mask: np.ndarray | None = None) -> str:

@@ -43,29 +43,36 @@ def differences() -> dict[str, float]:
     config = MMDiTConfig.tiny()
     setting = StepConfig(config, Execution(), references=0, tasks=1, mask_weight=1.0, sigma_shift=0.0,
                          sigma_spread=1.0, seed=0)
-    params = gpu_inputs.weights(config, jnp.float32)
-    batch = gpu_inputs.batch(config, 2, gpu_inputs.grid(24), 5, jnp.float32)
     random = np.random.default_rng(1)
-    noise = jnp.asarray(random.standard_normal(batch["target"].shape, np.float32))
-    sigma = jnp.asarray([0.3, 0.8], jnp.float32)
-    factors, scales = adapt.tie(adapt.init(config, jax.random.key(0), RANK))
-    factors = jax.tree.map(lambda leaf: jnp.asarray(0.1 * random.standard_normal(leaf.shape), jnp.float32), factors)
+
+    def draw(like: Any) -> Any:
+        return jax.tree.map(lambda leaf: np.float32(0.1 * random.standard_normal(leaf.shape)), like)
+
+    params = draw(jax.eval_shape(functools.partial(mmdit.init, config), jax.random.key(0)))
+    factors, scales = jax.eval_shape(lambda: adapt.tie(adapt.init(config, jax.random.key(0), RANK)))
+    factors, scales = draw(factors), jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), scales)
+    batch = gpu_inputs.batch(config, 2, gpu_inputs.grid(24), 5, np.float32)
+    noise = random.standard_normal(batch["target"].shape, np.float32)
+    sigma = np.float32([0.3, 0.8])
 
     def loss(params: Any, frozen: Any = None) -> jax.Array:
         return velocity_errors(params, setting, batch, noise, sigma, frozen)[0].sum() / total_weight(setting, batch)
 
-    tokens = noisy_tokens(setting, batch, noise, sigma)
-    of_level = jax.tree.map(lambda leaf: leaf[0], modulation.modulations(
-        config, params, sigma[None], tokens.pooled, tokens.guidance))
-    velocity = mmdit.apply(config, params, tokens, modulation=of_level)
-    gradient = jax.jit(jax.grad(loss))(params)
-    of_lora = jax.jit(jax.grad(functools.partial(loss, frozen={"params": params, "scales": scales})))(factors)
+    @jax.jit
+    def ours(params: Any, factors: Any) -> Any:
+        tokens = noisy_tokens(setting, batch, noise, sigma)
+        levels = modulation.modulations(config, params, sigma[None], tokens.pooled, tokens.guidance)
+        velocity = mmdit.apply(config, params, tokens, modulation=jax.tree.map(lambda leaf: leaf[0], levels))
+        return tokens.image, velocity, jax.grad(loss)(params), jax.grad(loss)(
+            factors, frozen={"params": params, "scales": scales})
+
+    image, velocity, gradient, of_lora = jax.device_get(ours(params, factors))
 
     peer = torch_mmdit.MMDiT(config)
     torch_mmdit.load(peer, tensors(keymaps.to_foreign(config, params, "bfl")))
     given, (noise, sigma) = gpu_inputs.to_torch(batch, "cpu"), tensors({"n": noise, "s": sigma}).values()
     rope = peer.rotations(given["positions"][0], given["text"].shape[1])
-    image, guidance = torch.from_numpy(np.array(tokens.image)), torch.ones_like(sigma)
+    image, guidance = torch.from_numpy(image), torch.ones_like(sigma)
     with torch.inference_mode():
         made = peer.modulations(sigma, given["pooled"], guidance)
         found = {"velocity": difference(peer(image, given["text"], rope, made).numpy(), velocity)}

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+import xxhash
 from etils import epath
 from jax.experimental import multihost_utils
 
@@ -210,6 +211,11 @@ def versions() -> dict[str, str]:
     return found
 
 
+def digest(tree: Any) -> str:
+    """Names a tree's numbers, dtypes and paths; the same on any mesh. A pass over it on its devices."""
+    return xxhash.xxh3_128_hexdigest(json.dumps(_checksums(tree), sort_keys=True).encode())
+
+
 def _checksums(tree: Any) -> dict[str, list[Any]]:
     """Path -> [dtype, checksum] of each leaf; the same on any mesh, and another after any one bit has changed.
 
@@ -361,7 +367,11 @@ def _weights(path: epath.Path) -> tuple[Any, epath.Path, bool]:
     """The model's config, where its parameters are, and whether that is a run's state."""
     try:
         if run := not (path / "model.json").exists():
-            config = MMDiTConfig(**json.loads((path / "config.json").read_text())["model"])
+            fields = json.loads((path / "config.json").read_text())
+            if fields.get("lora"):
+                raise UserError(f"{path}: a run that trains a LoRA has no model of its own; its LoRA files are in "
+                                f"{path / 'exports'}")
+            config = MMDiTConfig(**fields["model"])
             steps = [int(step.name) for step in (path / "checkpoints").iterdir() if step.name.isdigit()]
             where = path / "checkpoints" / str(max(steps, default="none")) / "state"
         else:

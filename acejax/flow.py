@@ -5,6 +5,7 @@ predicts v = noise - x0, with sigma as its time. The paper's t and u are 1 - sig
 """
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -106,21 +107,22 @@ def schedule(steps: int, seq_len: int) -> jax.Array:
     return jnp.asarray(np.exp(mu) * tau / (1 + (np.exp(mu) - 1) * tau), jnp.float32)
 
 
-def euler(velocity_fn: Callable[[jax.Array, jax.Array], jax.Array], noise: jax.Array, sigmas: jax.Array) -> jax.Array:
+def euler(velocity_fn: Callable[..., jax.Array], noise: jax.Array, sigmas: jax.Array, *each: Any) -> jax.Array:
     """Integrate from noise to data as one scan.
 
     Args:
-      velocity_fn: (latents, sigma) -> velocity of the latents' shape; sigma is a float32 scalar.
+      velocity_fn: (latents, sigma, *each) -> velocity of the latents' shape; sigma is a float32 scalar.
       noise: the latents at sigmas[0].
       sigmas: [steps + 1], from `schedule`.
+      each: trees whose leaves [steps, ...] hold something of each step.
 
     Returns:
       The latents at sigmas[-1], in noise's dtype.
     """
-    def step(latents, pair):
-        sigma, following = pair
-        velocity = velocity_fn(latents, sigma)
+    def step(latents, of_step):
+        sigma, following, *each = of_step
+        velocity = velocity_fn(latents, sigma, *each)
         return (latents + (following - sigma) * velocity).astype(noise.dtype), None
 
-    latents, _ = jax.lax.scan(step, noise, (sigmas[:-1], sigmas[1:]))
+    latents, _ = jax.lax.scan(step, noise, (sigmas[:-1], sigmas[1:], *each))
     return latents

@@ -53,7 +53,7 @@ def main(argv: list[str]) -> int:
 def row(devices: int, report: dict) -> dict:
     """One line of the result from `acejax plan --json`."""
     compiled, held = report["compiled"], report["modelled"]["steps"][0]["memory"]
-    given = sum(held[name] for name in ("parameters", "optimizer", "average", "batch"))
+    given = sum(held[name] for name in ("frozen", "parameters", "optimizer", "average", "batch"))
     planned, found = sum(held.values()), compiled["arguments"] + compiled["temporaries"]
     return {
         "devices": devices, "off": round(planned / found - 1, 4),

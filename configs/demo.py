@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict, config_dict
 
-from acejax.demo.pictures import REPAINTING
+from acejax.demo.pictures import REPAINTING, SCALES, SIZE
 
 ZERO_REF = {"text": 0.5, "insert": 1.3, "recolor": 1.0, "instruct": 1.5}
 
@@ -22,6 +22,12 @@ def get_config() -> ConfigDict:
         "data": {
             "source": "demo",  # the built-in pictures
             "samples": 1200,  # training samples of each task
+            "tasks": ("text", "insert", "recolor", "instruct", "reference", "two_references"),
+            "size": SIZE,  # of a picture's sides in pixels
+            "scales": SCALES,  # of a photo's short side, in sides of a picture
+            # "linear" is fitted in a second; "convolutional" is trained from it and finer
+            "autoencoder": {"kind": "linear", "pictures": 1500, "width": 96, "encoder": 1, "decoder": 2, "steps": 4000,
+                            "batch": 16, "learning_rate": 1e-3, "noise": 0.1},
             "canvas": {"split": True, "scale": 1.0, "scales": REPAINTING,
                        "reference_height": (1.0, 1.0), "editing_height": 1.0},
             "batch_sizes": ((16, 16), (32, 8), (48, 8)),  # samples of a batch by number of tokens: 0, 1, 2 references
@@ -33,10 +39,12 @@ def get_config() -> ConfigDict:
         "optimizer": {"name": "adamw", "learning_rate": 2e-3, "schedule": "cosine", "warmup": 0.02, "b1": 0.9,
                       "b2": 0.99, "weight_decay": 0.01, "clip": 1.0, "accumulate": 1, "ema": 0.0,
                       "param_dtype": "float32", "rounding": "stochastic", "fused": False},
-        "evaluate": {"samples": 192, "held": 96, "steps": 8},  # test samples a task, held-out pairs, Euler steps
+        # test samples a task, held-out pairs, Euler steps; split "validation" is for choices: other crops of the
+        # training photos, so that the test photo stays unseen
+        "evaluate": {"samples": 192, "held": 96, "steps": 8, "seed": 1_000_000, "split": "test", "thresholds": "demo"},
         "mesh": {"data": -1, "fsdp": 1, "tensor": 1, "seq": 1},
         "execution": {"dtype": "float32", "attention": "auto", "remat": "none"},
-        "checkpoint": {"every": 1000, "keep": 2},
+        "checkpoint": {"every": 1000, "keep": 2, "best": 0, "export_every": 0, "export_layout": "bfl"},
         "watch": {"every": 50, "bad_steps": 10},
         # none while it trains, as `evaluate` is more than that; every: 500 keeps some samples out and judges by them
         "validation": {"every": 0, "held": 8, "grid_every": 0, "grid": 2, "steps": 8},

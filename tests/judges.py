@@ -31,12 +31,8 @@ def difference(found, expected) -> float:
     return float(np.abs(found - expected).max() / expected.std())
 
 
-def flux_velocity(model: acejax.MMDiTConfig, params: acejax.model.mmdit.Params, tokens: acejax.Tokens,
-                  lora: pathlib.Path | None = None) -> np.ndarray:
-    """What diffusers' FluxTransformer2DModel makes of the same weights and tokens, [B, S, 64] float32.
-
-    `lora` is a file for its own loader.
-    """
+def flux_transformer(model: acejax.MMDiTConfig, params: acejax.model.mmdit.Params, lora: pathlib.Path | None = None):
+    """diffusers' FluxTransformer2DModel of the same weights; `lora` is a file for its own loader."""
     import torch
     from diffusers import FluxTransformer2DModel
 
@@ -50,7 +46,13 @@ def flux_velocity(model: acejax.MMDiTConfig, params: acejax.model.mmdit.Params, 
 
     if lora is not None:
         judge.load_lora_adapter(str(lora.parent), weight_name=lora.name)
-    return velocity(judge, tokens)
+    return judge.eval()
+
+
+def flux_velocity(model: acejax.MMDiTConfig, params: acejax.model.mmdit.Params, tokens: acejax.Tokens,
+                  lora: pathlib.Path | None = None) -> np.ndarray:
+    """What `flux_transformer` makes of tokens, [B, S, 64] float32."""
+    return velocity(flux_transformer(model, params, lora), tokens)
 
 
 def velocity(judge, tokens: acejax.Tokens) -> np.ndarray:

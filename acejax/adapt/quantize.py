@@ -36,7 +36,7 @@ def quantize(params: Params, kind: str = "int8", targets: str | Sequence[str] = 
         raise ValueError(f"kind is {kind!r}; known: {', '.join(KINDS)}")
     left, quant = flatten_dict(params, sep="/"), {}
     for module in select(params, targets):
-        q, scale = _quantize(left.pop(f"{module}/kernel"), kind, inputs=int(stacked(module)))
+        q, scale = quantize_kernel(left.pop(f"{module}/kernel"), kind, inputs=int(stacked(module)))
         quant |= {f"{module}/q": q, f"{module}/scale": scale}
     return unflatten_dict(left, sep="/"), unflatten_dict(quant, sep="/")
 
@@ -78,7 +78,7 @@ def report(config: MMDiTConfig, params: Params, kind: str = "int8", targets: str
 
 
 @functools.partial(jax.jit, static_argnames=("kind", "inputs"))
-def _quantize(kernel: jax.Array, kind: str, inputs: int) -> tuple[jax.Array, jax.Array]:
+def quantize_kernel(kernel: jax.Array, kind: str, inputs: int) -> tuple[jax.Array, jax.Array]:
     """(q, scale); `inputs` is the axis that shares a scale. One program: no float32 copy of the kernel is made."""
     dtype, greatest = KINDS[kind]
     kernel = kernel.astype(jnp.float32)

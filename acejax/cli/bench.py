@@ -12,6 +12,7 @@ CHECKOUT = Path(acejax.__file__).resolve().parent.parent
 BENCHMARKS = {"concat": "conditions as channels against conditions as tokens: FLOPs and time of a denoiser step",
               "convert": "a verified conversion against a plain copy: speed and memory",
               "stages": "the two stages of training, from a text-to-image model, against skipping the first",
+              "lora": "a LoRA and a QLoRA that teach the small weights what they lack, against a shuffled control",
               "data": "the data path against Pillow's limit and a PyTorch DataLoader: pictures a second, memory",
               "plan": "the plan of the 12B training step against XLA's own figures on 8, 64 and 256 virtual devices"}
 

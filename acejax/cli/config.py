@@ -1,7 +1,7 @@
 """Flags and configs on the command line, as JAX users expect: `--config=FILE.py:arg --config.a.b=value` (absl)."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import ml_collections
 from absl import flags
@@ -12,6 +12,7 @@ from acejax.errors import UserError
 
 CPU_DEVICES = 2
 QUOTES = "[\"']"
+PARSING = "Error whilst parsing config file:"
 Define = Callable[[flags.FlagValues], None]
 
 
@@ -34,14 +35,22 @@ def parse_flags(command: str, argv: Sequence[str], define: Define) -> flags.Flag
         return None
     try:
         rest = values([command, *argv])[1:]
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError, SyntaxError) as error:
-        unknown = isinstance(error, (KeyError, AttributeError))
-        text = "no such config field: " + re.sub(QUOTES, "", str(error.args[0])) if unknown else str(error).strip()
-        lines = (text or type(error).__name__).splitlines()
-        why = f" {lines[-1]}" if lines[0].endswith("parsing config file:") else ""  # the last line of a traceback
-        raise UserError(f"{command}: {lines[0]}{why}") from error
+    except flags.UnrecognizedFlagError as error:
+        value = f"={error.flagvalue.partition('=')[2]}" if "=" in (error.flagvalue or "") else "=..."
+        raise UserError(f"{command}: {error}{_meant(error.flagname, value, values)}") from error
+    except (AttributeError, IndexError, KeyError) as error:
+        name, *suggestion = re.sub(QUOTES, "", str(error.args[0]).encode().decode("unicode_escape")).split("\n")
+        hint = suggestion[0].partition(" instead")[0].replace("Did", "; did") + "?" if suggestion else ""
+        raise UserError(f"{command}: no such config field: {_path(name.strip(), argv)}{hint}") from error
+    except (flags.Error, TypeError, ValueError, OSError, ImportError, SyntaxError) as error:
+        lines = (str(error).strip() or type(error).__name__).splitlines()
+        if lines[0].endswith(PARSING):  # the last line of a traceback tells why
+            why = lines[-1].removeprefix(f"{UserError.__module__}.{UserError.__name__}: ")
+            lines[0] = lines[0].removesuffix(PARSING) + why
+        raise UserError(f"{command}: {lines[0]}") from error
     if rest:
-        hint = f"; write --config.{rest[0]}" if re.fullmatch(r"[\w.]+=.*", rest[0]) else ""
+        name, equals, value = rest[0].partition("=")
+        hint = f"; write --config={rest[0]}" if name.endswith(".py") else _meant(name, equals + value, values)
         raise UserError(f"{command}: {rest[0]!r} is no flag{hint}")
     return values
 
@@ -68,6 +77,28 @@ def parse_config(command: str, argv: Sequence[str], define: Define,
     if config is None:
         raise UserError(f"{command}: --config=FILE.py is missing; {_known()}")
     return values, config
+
+
+def _path(name: str, argv: Sequence[str]) -> str:
+    """The whole path of a field that a config lacks, as the command line has it."""
+    found = (re.match(rf"--?config\.((?:[^=]*\.)?{re.escape(name)})(?![\w-])", arg) for arg in argv)
+    return next((match[1] for match in found if match), name)
+
+
+def _meant(name: str, value: str, values: flags.FlagValues) -> str:
+    """A hint for what is no flag: the config's fields of that name, one that is the very path before all others."""
+    config = values["config"].value if "config" in values else None
+    name = name.removeprefix("config.")
+    paths = [] if config is None else [path for path in _paths(config) if f".{path}".endswith(f".{name}")]
+    paths = [name] if name in paths else paths
+    return f"; write {' or '.join(f'--config.{path}{value}' for path in paths)}" if paths else ""
+
+
+def _paths(fields: ml_collections.ConfigDict, before: str = "") -> Iterator[str]:
+    for name, value in fields.items():
+        yield f"{before}{name}"
+        if isinstance(value, ml_collections.ConfigDict):
+            yield from _paths(value, f"{before}{name}.")
 
 
 def _find(arg: str) -> str:

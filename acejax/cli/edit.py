@@ -1,52 +1,169 @@
-"""`acejax edit`: edit a picture by instruction."""
+"""`acejax edit`: one edit, a manifest of them, or one made again from its result."""
 
-from collections.abc import Sequence
+import json
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from absl import flags
+from etils import epath
 
 from acejax.cli.config import parse_flags
+from acejax.data import written
 from acejax.errors import UserError
+
+PICTURES = ("image", "mask", "reference", "control")
+KEPT = ("task", "prompt", "size", "scale", "seed", "steps", "guidance", "crop", "paste", "parity", "batch", "manifest",
+        "overwrite", "warm_up", "json", "dtype", "eight_bits", "staged", "offload", "mesh")  # a record tells them
 
 
 def main(argv: Sequence[str]) -> int:
-    """Edit one picture and write the result."""
+    """Edit and write the results; 1 where an edit that was made again has other pixels."""
+    start = time.time()
     values = parse_flags("edit", argv, _define)
     if values is None:
         return 0
     flag = {name: values[name].value for name in values}
-    if not flag["demo"]:
-        raise UserError("edit: add --demo to use the small weights that come with acejax")
-    for name in ("prompt", "out"):
-        if not flag[name]:
-            raise UserError(f"edit: --{name} is missing")
-    from acejax.demo.edit import check_inputs, edit
-    from acejax.demo.weights import SHIPPED, load_editor
-    from acejax.edit.files import picture_format, read_mask, read_picture, write_picture
+    if flag["list_tasks"]:
+        print(_tasks(flag["demo"]))
+        return 0
+    from acejax.cli.edit_weights import lora, open_weights  # jax, for which --help need not wait
 
-    picture_format(flag["out"])  # before the work
-    if flag["mask"] and not flag["image"]:
-        raise UserError("edit: --mask without --image")
-    task = check_inputs(flag["prompt"], bool(flag["image"]), bool(flag["mask"]), len(flag["reference"] or ()),
-                        flag["task"])
-    image = read_picture(flag["image"]) if flag["image"] else None
-    mask = read_mask(flag["mask"], image.shape[:2]) if flag["mask"] else None
-    references = [read_picture(path) for path in flag["reference"] or ()]
-    editor = load_editor(flag["weights"] or SHIPPED)
-    write_picture(flag["out"], edit(editor, flag["prompt"], image, mask, references, task, flag["seed"]))
-    print(f"wrote {flag['out']}")
+    loras = [lora(text) for text in flag["lora"] or ()]
+    if flag["from"]:
+        from acejax.cli.edit_again import again
+
+        if said := [name for name in KEPT if values[name].present]:
+            raise UserError(f"edit: --from makes an edit again as it was; --{said[0]} can't be given with it")
+        moved = {name: flag[name] for name in ("image", "mask", "control", "weights", "base", "contour", "depth")}
+        return again(flag["from"], flag["out"], moved | {"references": flag["reference"]}, loras)
+    from acejax.cli.edit_run import check, run, warm_up
+    from acejax.edit.request import Options
+
+    _check_flags(flag)
+    options = Options(flag["steps"], flag["guidance"], flag["crop"], flag["paste"])
+    entries = _entries(flag)
+    if flag["warm_up"]:
+        opened = open_weights(flag, loras, flag["parity"])
+        count = warm_up(entries, check(entries, opened, options), opened, options, flag["batch"])
+        print(f"compiled for {count} kind{'s' * (count > 1)} of edits in {time.time() - start:.1f} s; nothing written")
+        return 0
+    left = [entry for entry in entries if not entry.line or flag["overwrite"] or not epath.Path(entry.out).exists()]
+    if len(left) < len(entries):
+        print(f"{len(entries) - len(left)} of {len(entries)} are there already (--overwrite makes them again)")
+    edits: list[dict[str, Any]] = []
+    if left:
+        opened = open_weights(flag, loras, flag["parity"])
+        edits = run(left, check(left, opened, options), opened, options, flag["batch"])
+    if flag["json"]:
+        report = _about() | {"seconds": round(time.time() - start, 3), "edits": edits}
+        written.write(flag["json"], (json.dumps(report, indent=2, ensure_ascii=False) + "\n").encode())
     return 0
 
 
-def _define(values: flags.FlagValues) -> None:
-    def text(name, about):
-        flags.DEFINE_string(name, None, about, flag_values=values)
+def _check_flags(flag: Mapping[str, Any]) -> None:
+    if not flag["demo"] and not flag["base"]:
+        raise UserError("edit: add --demo to use the small weights that come with acejax, or --base=FOLDER of FLUX.1")
+    if not flag["out"] and (flag["manifest"] or not flag["warm_up"]):
+        raise UserError("edit: --out is missing")
+    if flag["manifest"] and (given := [name for name in PICTURES if flag[name]]):
+        raise UserError(f"edit: --{given[0]} with --manifest, whose lines name their pictures")
+    if flag["json"] and not epath.Path(flag["json"]).parent.exists():
+        raise UserError(f"--json={flag['json']}: its folder is not there")
 
-    flags.DEFINE_boolean("demo", False, "Use the small weights that come with acejax.", flag_values=values)
-    text("prompt", "The instruction, e.g. 'a red heart' or 'make it blue'.")
+
+def _entries(flag: Mapping[str, Any]) -> list[Any]:
+    """The edits that are asked for."""
+    from acejax.edit import manifest
+
+    try:
+        seeds = [int(seed) for seed in flag["seed"]]
+    except ValueError:
+        raise UserError(f"--seed={','.join(flag['seed'])}: expected whole numbers, such as 7 or 0,1,2") from None
+    if flag["manifest"]:
+        defaults = {name: flag[name] for name in ("prompt", "task", "size", "scale") if flag[name] is not None}
+        return manifest.read(flag["manifest"], flag["out"], defaults, seeds)
+    out = flag["out"] or "warm_up.png"  # which is not written
+    entry = manifest.Entry(out, flag["prompt"] or "", flag["task"], flag["image"], flag["mask"],
+                           tuple(flag["reference"] or ()), flag["control"], flag["size"], flag["scale"])
+    return manifest.seeded(entry, seeds)
+
+
+def _about() -> dict[str, str]:
+    import jax
+
+    from acejax import __version__
+    from acejax.edit.record import platform
+
+    return {"acejax": __version__, "jax": jax.__version__, "platform": platform()}
+
+
+def _tasks(demo: bool) -> str:
+    """The presets, and what each takes."""
+    from acejax.edit.tasks import TASKS
+
+    if demo:
+        from acejax.demo.tasks import TASKS
+    lines = [f"{'task':<20}{'image':<10}{'mask':<10}{'references':<12}{'scale':<11}{'annotator':<11}{'LoRA':<15}"
+             "what it does"]
+    for name, task in TASKS.items():
+        least, most = task.references
+        count = str(least) if least == most else f"{least} or more" if most is None else f"{least} to {most}"
+        scale = f"{task.scale:g}" if demo or task.scale == task.lora_scale else f"{task.scale:g} / {task.lora_scale:g}"
+        lines.append(f"{name:<20}{task.image:<10}{task.mask:<10}{count:<12}{scale:<11}{task.annotator:<11}"
+                     f"{task.lora or 'none':<15}{task.about}")
+    if not demo:
+        lines += ["", "scale: how much of the area the model may not see, for 448 / for 384 channels; --demo lists the "
+                      "tasks of the small weights"]
+    return "\n".join(lines)
+
+
+def _define(values: flags.FlagValues) -> None:
+    def text(name, about, default=None):
+        flags.DEFINE_string(name, default, about, flag_values=values)
+
+    def switch(name, about):
+        flags.DEFINE_boolean(name, False, about, flag_values=values)
+
+    switch("demo", "Use the small weights that come with acejax.")
+    text("base", "FLUX.1's folder or hub id, such as black-forest-labs/FLUX.1-Fill-dev: autoencoder, text encoders and "
+         "transformer.")
+    text("weights", "Another transformer than that of --base: a file, folder, hub id or the workdir of a run; with "
+         "--demo a folder of a demo's weights (WORKDIR/weights).")
+    flags.DEFINE_multi_string("lora", None, "FILE[:SCALE] of a LoRA; may be given several times.", flag_values=values)
+    text("dtype", "Of FLUX's weights and activations: bfloat16, float16 or float32; with --demo always float32.")
+    text("eight_bits", "Keep the transformer's kernels as int8 or float8.")
+    switch("staged", "For small cards: text encoders and transformer are never in memory together.")
+    switch("offload", "Keep on the host what is used once an edit: 6.5 GB of FLUX's transformer.")
+    text("mesh", "Spread the transformer over devices: fsdp=4,tensor=2.")
+    text("contour", "The drawing network's file, for contour_repainting.")
+    text("depth", "A DPT's folder, for depth_repainting.")
+    text("prompt", "What to make, e.g. 'a red heart' or 'make it blue'.")
+    text("task", "A preset (--list_tasks); by default what the inputs stand for.")
+    switch("list_tasks", "List the presets and what each takes.")
     text("image", "The picture to edit, of any size; none: text to picture.")
     text("mask", "A mask of the picture's size, white where to generate.")
-    flags.DEFINE_multi_string("reference", None, "A reference picture; may be given twice.", flag_values=values)
-    text("task", "text, insert, recolor, instruct, reference or two_references; by default what the inputs stand for.")
-    flags.DEFINE_integer("seed", 0, "Fixes the result.", flag_values=values)
-    text("weights", "A folder of demo weights (a demo's WORKDIR/weights) instead of those shipped.")
-    text("out", "The file to write.")
+    flags.DEFINE_multi_string("reference", None, "A reference picture; may be given several times.",
+                              flag_values=values)
+    text("control", "A ready map (contours, depth, ...) of the picture's size, in place of the task's annotator.")
+    text("size", "WIDTHxHEIGHT of the result: without a picture, for outpainting and super-resolution.")
+    flags.DEFINE_float("scale", None, "Repainting scale, 0 to 1: how much of the area to change the model may not see; "
+                       "by default the task's.", flag_values=values)
+    flags.DEFINE_list("seed", ["0"], "Fixes the result. Several, as 0,1,2, give OUT-0.png, OUT-1.png, OUT-2.png.",
+                      flag_values=values)
+    flags.DEFINE_integer("steps", None, "Of the sampler; by default the weights'.", flag_values=values)
+    flags.DEFINE_float("guidance", None, "Guidance scale; by default the weights'.", flag_values=values)
+    text("crop", "mask: work on a window around the mask; none: on the whole picture; auto: around the mask with the "
+         "small weights, and where the whole is too large.", "auto")
+    text("paste", "feather: pixels outside the mask stay the picture's; off: the model's own.", "feather")
+    text("parity", "reference: what ACE++'s released code would give.")
+    flags.DEFINE_integer("batch", 4, "Most edits of equal size that are made at once.", 1, 64, flag_values=values)
+    text("out", "The file to write; with --manifest a folder. A PNG keeps how it was made, for --from; JPEG and WebP "
+         "do not.")
+    text("manifest", "Edits as JSON lines; those whose result is there already are left out.")
+    switch("overwrite", "With --manifest: make those again, too.")
+    switch("warm_up", "Make what is asked for once and write nothing: programs are compiled when they are needed.")
+    text("json", "Write what was done there: task, prompt, size, window, drift, tokens, seconds.")
+    text("from", "A PNG of acejax edit: verify its pictures, weights and LoRAs, make it again and compare (exit code "
+         "1: other pixels). --image, --mask, --reference, --control, --weights, --base and --lora say where a file is "
+         "now.")

@@ -16,13 +16,14 @@ COMMANDS = {
     "train": "train from a config: acejax train --config=FILE.py --workdir=DIR [--config.a.b=value]",
     "plan": "memory and time of a training run before it starts: acejax plan --config=FILE.py --topology=v5e-256",
     "edit": "edit a picture by instruction",
+    "serve": "the editor as a web page: acejax serve --demo",
     "convert": "weights of FLUX and ACE++ from one format to another, verified",
     "data": "check pictures, build datasets, cache features",
     "bench": "measure speed and cost",
 }
 _EXTRAS = {"transformers": "text", "ftfy": "text", "optax": "train", "orbax": "train", "grain": "train",
            "tensorflow_datasets": "train", "tensorboardX": "train", "skimage": "demo",
-           "matplotlib": "demo", "gcsfs": "gcs"}  # module: the extra that brings it
+           "matplotlib": "demo", "gcsfs": "gcs", "gradio": "web"}  # module: the extra that brings it
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # disks, which no program can mend
 
@@ -67,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
         extra = _EXTRAS.get(module.partition(".")[0]) if module else None
         if extra is None:
             raise
-        extra = "demo" if argv[0] == "demo" and extra == "train" else extra
+        extra = {("demo", "train"): "demo", ("serve", "demo"): "web"}.get((argv[0], extra), extra)
         print(f"acejax: {argv[0]} needs {module}; install it with: pip install 'acejax[{extra}]', in a checkout "
               f"pip install '.[{extra}]'", file=sys.stderr)
         return 2

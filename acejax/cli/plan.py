@@ -12,6 +12,7 @@ from absl import flags
 from etils import epath
 
 from acejax.cli.config import parse_config
+from acejax.data.config import read_stages
 from acejax.data.layout import CanvasConfig
 from acejax.data.stream import batch_sizes
 from acejax.errors import UserError
@@ -70,7 +71,8 @@ def _buckets(run: TrainConfig, config: Any, devices: int, tokens: int, samples: 
         raise UserError("config.data has neither batch_sizes nor batch_tokens; plan --tokens=N can do without them")
     canvas = data.get("canvas", {})
     picture = canvas.get("max_tokens", CanvasConfig.max_tokens)
-    references = any(stage.get("references", 1) != 0 for stage in config.get("stages", ()))
+    stages = read_stages(config, tuple(data.get("sources", ()))) if "stages" in config else ()
+    references = any(stage.references != 0 for stage in stages)
     pictures = 2 if references and canvas.get("budget", CanvasConfig.budget) == "picture" else 1
     return batch_sizes(sorted({picture, pictures * picture}), data.batch_tokens, parts)
 

@@ -12,7 +12,7 @@ def define_processes(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("processes", None, "Processes that train together.", flag_values=values)
     flags.DEFINE_integer("process", None, "Which one this is, from 0.", flag_values=values)
     flags.DEFINE_float("patience", 300, "Seconds that all processes have for finding each other.", flag_values=values)
-    flags.DEFINE_float("silence", 60, "Seconds without a sign of life after which a process is given up.",
+    flags.DEFINE_float("silence", 120, "Seconds without a sign of life after which a process is given up.",
                        flag_values=values)
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from acejax.data import released, resize
-from acejax.data.layout import CanvasConfig, Layout, Size, lay, visible
+from acejax.data.layout import CanvasConfig, Layout, Size, lay_editing, visible
 from acejax.data.resize import Picture
 from acejax.errors import UserError
 
@@ -98,10 +98,7 @@ def editing(config: CanvasConfig, image: np.ndarray | None = None, mask: np.ndar
     if config.parity:
         *parts, widths = released.editing(config, image, mask, references, size, scale)
         return Canvas(*parts, None, widths, scale, config.split, joined=True)
-    least = config.reference_height[0]
-    shares = [min(config.editing_height, max(least, visible(reference.shape[:2])[2] / visible(size)[2]))
-              for reference in references]
-    layout = lay(config, size, [reference.shape[:2] for reference in references], shares)
+    layout = lay_editing(config, size, [reference.shape[:2] for reference in references])
     kept = None if image is None else _seen(image, (layout.height, layout.target_width))
     return _compose(config, layout, kept, mask, references, scale)
 
@@ -133,16 +130,6 @@ def contents(canvas: Canvas) -> Contents:
         if target is not None:
             _normalize_into(target[rows], canvas.target[rows], shown[rows])
     return Contents(edit, modify, mask, target)
-
-
-def restore(result: np.ndarray, size: Size) -> tuple[np.ndarray, tuple[int, int, int, int]]:
-    """A target unit [h, w, 3] uint8 at the scale of the picture of `size` that it was made from.
-
-    Returns:
-      It, and where it lies in that picture: (top, left, height, width), everything unless the picture is beyond 4:1.
-    """
-    box = visible(size)
-    return resize.antialiased(result, box[2:]), box
 
 
 def normalize(picture: np.ndarray) -> np.ndarray:

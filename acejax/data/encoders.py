@@ -18,7 +18,7 @@ import xxhash
 from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from acejax.data import written
+from acejax.data.hashes import Hashes
 from acejax.data.latents import EncodePictures
 from acejax.data.text import Tokenizers
 from acejax.errors import UserError
@@ -31,7 +31,6 @@ from acejax.weights.source import Grown, Scaled, Tensor
 
 EncodePrompts = Callable[[Sequence[str]], tuple[np.ndarray, np.ndarray]]
 RECIPE = 1  # changes when the models' code gives other numbers
-BLOCK = 2**24  # bytes hashed at once
 DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -78,7 +77,8 @@ class Encoders:
       picture_id: names what `pictures` gives.
       prompt_key: names what `prompts` gives for one; the same for prompts that are read alike.
       text_shape: (T, D, P) where it is known before anything is encoded.
-      free_autoencoder: lets go of what `pictures` has in memory; it is read again at the next call.
+      free_autoencoder, free_prompts: let go of what `pictures`, `prompts` has in memory; it is read again at the next
+        call.
       text_id: names what `prompts` gives for any prompt; "" where only `prompt_key` tells, prompt by prompt.
     """
 
@@ -89,6 +89,7 @@ class Encoders:
     text_shape: tuple[int, int, int] | None = None
     text_id: str = ""
     free_autoencoder: Callable[[], None] = lambda: None
+    free_prompts: Callable[[], None] = lambda: None
 
     @classmethod
     def load(cls, config: EncodersConfig, mesh: Mesh | None = None, notes: epath.PathLike | None = None) -> "Encoders":
@@ -110,8 +111,8 @@ class Encoders:
                             "tokenizer and tokenizer_2, and asks for its licence to be accepted")
         picture_model = open_model(config.autoencoder, AutoencoderConfig)
         t5_model, clip_model = open_model(config.t5, T5Config), open_model(config.clip, CLIPConfig)
-        seen = _Hashes(notes)
-        weights = [seen.of(model) for model in (picture_model, t5_model, clip_model)]
+        seen = Hashes(notes)
+        weights = [[seen.of(path) for path in files(model)] for model in (picture_model, t5_model, clip_model)]
         seen.keep()
         tokenizers = Tokenizers.open(config.tokenizers, reference=config.reference)
         dtype = config.autoencoder_dtype or config.dtype
@@ -128,7 +129,7 @@ class Encoders:
 
         shape = (config.text_length, t5_model.config.d_model, clip_model.config.hidden_size)
         pictures = _Pictures(picture_model, jnp.dtype(dtype), config.tile, mesh)
-        return cls(pictures, prompts, name, prompt_key, shape, text_id, pictures.free)
+        return cls(pictures, prompts, name, prompt_key, shape, text_id, pictures.free, prompts.free)
 
 
 class _Pictures:
@@ -174,6 +175,9 @@ class _Prompts:
         text, pooled = run(*_split(mesh, *self.ids(prompts)))
         return text[:len(prompts)], pooled[:len(prompts)]
 
+    def free(self) -> None:
+        self.__dict__.pop("_loaded", None)
+
     @functools.cached_property
     def _loaded(self) -> tuple[Callable[..., tuple[jax.Array, jax.Array]], Mesh]:
         mesh, dtype = self._mesh or _own_devices(), self._dtype
@@ -202,40 +206,9 @@ def _split(mesh: Mesh, *arrays: np.ndarray) -> list[jax.Array]:
             for array in arrays]
 
 
-class _Hashes:
-    """Hashes of files; those in the notes are taken where the file is of the same size and time."""
-
-    def __init__(self, notes: epath.PathLike | None):
-        self._path = None if notes is None else epath.Path(notes)
-        self._known: dict[str, list] = {}
-        if self._path is not None and self._path.exists():
-            try:
-                known = json.loads(self._path.read_text())
-            except (OSError, ValueError):
-                known = None
-            self._known = known if isinstance(known, dict) else {}
-        self._before = dict(self._known)
-
-    def of(self, model: Model) -> list[str]:
-        """Of the files that a model's tensors are in, by name."""
-        return [self._file(path) for path in sorted({_place(tensor) for tensor in model.tensors.values()})]
-
-    def keep(self) -> None:
-        if self._path is not None and self._known != self._before:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            written.write(self._path, json.dumps(self._known, indent=1).encode())
-
-    def _file(self, path: pathlib.Path) -> str:
-        about = path.stat()
-        mark = [about.st_size, about.st_mtime_ns]
-        known = self._known.get(str(path.resolve()))
-        if not (isinstance(known, list) and known[:-1] == mark):
-            digest, block = xxhash.xxh3_128(), memoryview(bytearray(BLOCK))
-            with path.open("rb", buffering=0) as file:
-                while count := file.readinto(block):
-                    digest.update(block[:count])
-            known = self._known[str(path.resolve())] = [*mark, digest.hexdigest()]
-        return known[-1]
+def files(model: Model) -> list[pathlib.Path]:
+    """The files that a model's tensors are in, by name."""
+    return sorted({_place(tensor) for tensor in model.tensors.values()})
 
 
 def _place(tensor: Tensor) -> pathlib.Path:

@@ -132,6 +132,17 @@ def lay(config: CanvasConfig, target: Size, references: Sequence[Size] = (), sha
     return Layout(height, (*widths, width), (*contents, height))
 
 
+def lay_editing(config: CanvasConfig, target: Size, references: Sequence[Size] = ()) -> Layout:
+    """`lay` for an edit, which draws nothing: a reference keeps its size within the config's shares.
+
+    Raises:
+      UserError: as `lay`.
+    """
+    least = config.reference_height[0]
+    return lay(config, target, references, [
+        min(config.editing_height, max(least, visible(reference)[2] / visible(target)[2])) for reference in references])
+
+
 def _lay_together(config: CanvasConfig, target: Size, references: Sequence[Size], shares: Sequence[float]) -> Layout:
     """All units share the budget. What rounding down leaves of it goes to the sides that lost most, a step each."""
     (height, width), step = visible(target)[2:], config.multiple

@@ -7,12 +7,14 @@ Sources: ACE_plus `modules/ace_plus_dataset.py` and `inference/utils.py`. Both f
 from collections.abc import Sequence
 
 import numpy as np
+from PIL import Image
 
 from acejax.data.layout import CanvasConfig, Layout, visible
 from acejax.data.released_layout import Size, fit, reference_width, units
 from acejax.data.resize import nearest
 from acejax.errors import UserError
 
+SEAM = 30  # columns that hide the seam
 Parts = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 
@@ -69,6 +71,18 @@ def editing(config: CanvasConfig, image: np.ndarray | None, mask: np.ndarray | N
     fitted, seam = fit(config.max_tokens, (height, sum(widths) + source.shape[1]), sum(widths))
     return (*(nearest(np.concatenate(canvas, 1), fitted) for canvas in (sources, seen, masks)),
             units(fitted, seam, widths))
+
+
+def output(made: np.ndarray, seam: int, size: Size) -> np.ndarray:
+    """What the released code hands out of a decoded canvas [h, W, 3] uint8 whose references end at `seam`.
+
+    Beside a reference the first 30 columns of the target go and the rest is stretched to `size`; without one the
+    canvas comes as it is, which is smaller than its picture where that was beyond the budget or off the 16-pixel grid.
+    """
+    if not seam:
+        return made
+    target = Image.fromarray(made).crop((seam + SEAM, 0, made.shape[1], made.shape[0]))
+    return np.asarray(target.resize(size[::-1]))
 
 
 def _padded(picture: np.ndarray, height: int) -> np.ndarray:

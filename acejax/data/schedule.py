@@ -65,7 +65,8 @@ class Schedule:
       seed: of every order.
 
     Raises:
-      UserError: a stage without samples, or a weight that no sample has or that is no positive number.
+      UserError: a stage without samples or with fewer than any of its batches has, or a weight that no sample has or
+        that is no positive number.
     """
 
     def __init__(self, samples: Samples, stages: Sequence[Stage], batch_sizes: Mapping[int, int], seed: int):
@@ -118,6 +119,10 @@ class _Part:
                     shares.append(weight / total * len(inside) / len(index))
             self.orders[bucket] = grain.MapDataset.mix(parts, weights=shares) if len(parts) > 1 else parts[0]
             rates.append(count * sum(shares) / batch_sizes[bucket])
+        size, bucket = min((batch_sizes[bucket], bucket) for bucket in self.orders)
+        if count < size:
+            raise UserError(f"stage {number + 1} has {count} samples, fewer than a batch: {size} of {bucket} tokens; "
+                            "expected more samples, or a smaller data.batch_tokens or data.batch_sizes")
         self._buckets = np.array(list(self.orders))
         # few samples may fill no batch: then a cycle is as many epochs as surely fill one
         self.epochs = max(1, int(np.ceil((1 + len(rates)) / sum(rates))))

@@ -16,29 +16,23 @@ from etils import epath
 from jax.sharding import Mesh
 from PIL import Image
 
+from acejax import fields
 from acejax.data import dataset, inputs, pictures
 from acejax.data.augment import AugmentConfig
 from acejax.data.build import build
 from acejax.data.cache.build import CacheConfig
-from acejax.data.canvas import denormalize, normalize
+from acejax.data.canvas import denormalize
 from acejax.data.config import DataConfig, SourceConfig, read_batches, read_stages
 from acejax.data.encoders import Encoders
-from acejax.data.layout import CanvasConfig
+from acejax.data.layout import TOKEN, CanvasConfig
 from acejax.data.sample import Sample
 from acejax.data.stream import Stream
 from acejax.data.subset import hold_out
 from acejax.demo import evaluate, weights
+from acejax.demo.autoencoder import Autoencoder, FitConfig, decode_latents, encode_pictures, fit
 from acejax.demo.grid import save_grid
-from acejax.demo.pictures import TASKS, samples
-from acejax.demo.surroundings import (
-    TEXT_TOKENS,
-    TEXT_WIDTH,
-    Autoencoder,
-    decode_latents,
-    encode_pictures,
-    encode_prompts,
-    fit_autoencoder,
-)
+from acejax.demo.pictures import SPLITS, TASKS, samples
+from acejax.demo.surroundings import TEXT_TOKENS, TEXT_WIDTH, encode_prompts
 from acejax.errors import UserError
 from acejax.model.config import MMDiTConfig
 from acejax.parallel import processes
@@ -47,8 +41,7 @@ from acejax.train.config import TrainConfig
 from acejax.train.validate import HeldOut
 from acejax.workdir import claim, claim_data
 
-TEST_SEED = 1_000_000  # the test pictures are the same for every seed
-FIT_PICTURES = 1500  # that the autoencoder is fitted to
+OWN = ("source", "samples", "tasks", "size", "scales", "autoencoder", "canvas")  # fields of config.data read here
 
 
 def check(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> tuple[TrainConfig, Mesh]:
@@ -58,17 +51,29 @@ def check(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> tuple[T
       UserError: as `acejax.train.loop.check`, or data, stages, evaluation or text sizes that can't be.
     """
     run, mesh = loop.check(config, workdir)
+    fields.read(FitConfig, config.data, "autoencoder", "data.")
     stages = read_stages(config, ("demo",))
     if config.data.source != "demo":
         raise UserError(f"config.data.source is {config.data.source!r}; so far there is 'demo', the built-in pictures")
-    if [tokens for tokens, _ in config.data.batch_sizes] != [16, 32, 48] or config.data.samples < 1:
+    if config.data.size % TOKEN or not 64 <= config.data.size <= 256:
+        raise UserError(f"config.data.size is {config.data.size}; expected a multiple of {TOKEN} from 64 to 256 pixels")
+    if len(config.data.scales) < 1 or min(config.data.scales) < 1:
+        raise UserError(f"config.data.scales is {config.data.scales}; expected one or more, each at least 1")
+    units = [(config.data.size // TOKEN) ** 2 * count for count in (1, 2, 3)]
+    if [tokens for tokens, _ in config.data.batch_sizes] != units or config.data.samples < 1:
         raise UserError(f"config.data.batch_sizes is {config.data.batch_sizes} and samples {config.data.samples}; "
-                        "expected pairs (tokens, samples) for 16, 32 and 48 tokens, and at least one sample a task")
+                        f"expected pairs (tokens, samples) for {units[0]}, {units[1]} and {units[2]} tokens, and at "
+                        "least one sample a task")
     if min(config.evaluate.samples, config.evaluate.held) < 2 or config.evaluate.steps < 1:
         raise UserError(f"config.evaluate is {dict(config.evaluate)}; expected at least 2 samples, 2 held and 1 step")
-    unknown = {task for stage in stages for task in stage.weights or ()} - set(TASKS)
-    if unknown:
-        raise UserError(f"config.stages: unknown task {', '.join(sorted(unknown))}; known: {', '.join(TASKS)}")
+    for field, found, known in (("split", config.evaluate.split, SPLITS[1:]),
+                                ("thresholds", config.evaluate.thresholds, tuple(evaluate.THRESHOLDS))):
+        if found not in known:
+            raise UserError(f"config.evaluate.{field} is {found!r}; expected one of {', '.join(known)}")
+    for field, tasks, known in (("data.tasks", config.data.tasks, TASKS), (
+            "stages", {task for stage in stages for task in stage.weights or ()}, config.data.tasks)):
+        if unknown := sorted(set(tasks) - set(known)):
+            raise UserError(f"config.{field}: unknown task {', '.join(unknown)}; known: {', '.join(known)}")
     if (config.model.context_in_dim, config.model.vec_in_dim) != (TEXT_WIDTH, TEXT_WIDTH):
         raise UserError(f"config.model.context_in_dim and vec_in_dim must be {TEXT_WIDTH}, the text encoder's width")
     return run, mesh
@@ -84,22 +89,26 @@ def prepare(config: ml_collections.ConfigDict, workdir: epath.PathLike
     run, mesh = check(config, workdir)
     claim(workdir, config.to_dict(), loop.FREE)
     processes.say("writing the pictures, fitting the autoencoder, encoding ...")
+    place, judged, data = epath.Path(workdir), config.evaluate, config.data
+    drawn = functools.partial(Drawn, tuple(data.tasks), size=data.size, scales=tuple(data.scales))
     with processes.first_alone("dataset"):
-        folder = build(epath.Path(workdir) / "data", {
-            "train": Drawn(config.data.samples, config.seed, "train"),
-            "test": Drawn(config.evaluate.samples, TEST_SEED, "test"),
-            "held": Drawn(config.evaluate.held, TEST_SEED, "held")})
-    rows = dataset.read(folder, "train")
-    picks = np.random.default_rng(config.seed).permutation(len(rows))[:FIT_PICTURES]
-    autoencoder = fit_autoencoder(normalize(np.stack([decoded(rows[index])["target"] for index in picks])))
+        folder = build(place / "data", {"train": drawn(data.samples, config.seed, "train"),
+                                        "test": drawn(judged.samples, judged.seed, judged.split),
+                                        "held": drawn(judged.held, judged.seed, "held")})
+        rows = dataset.read(folder, "train")
+        if not (place / weights.AUTOENCODER).exists():
+            fitting = fields.read(FitConfig, data, "autoencoder", "data.")
+            picks = np.random.default_rng(config.seed).permutation(len(rows))[:fitting.pictures]
+            targets = np.stack([decoded(rows[index])["target"] for index in picks])
+            weights.save_autoencoder(place / weights.AUTOENCODER, fit(fitting, targets, config.seed))
+    autoencoder = weights.load_autoencoder(place / weights.AUTOENCODER)
     encoders = Encoders(jax.jit(functools.partial(encode_pictures, autoencoder)), encode_prompts,
-                        xxhash.xxh3_64_hexdigest(b"".join(np.asarray(leaf).tobytes() for leaf in autoencoder.values())),
+                        xxhash.xxh3_64_hexdigest(b"".join(autoencoder[name].tobytes() for name in sorted(autoencoder))),
                         str.encode, (TEXT_TOKENS, TEXT_WIDTH, TEXT_WIDTH))
-    canvas = CanvasConfig(**config.data.canvas.to_dict())
-    data = DataConfig({"demo": SourceConfig(str(folder))}, canvas, AugmentConfig(),
-                      None, CacheConfig(str(epath.Path(workdir) / "cache"), "float32", batch=64), config.seed)
-    features = inputs.make_features(data, {"demo": rows}, encoders)
-    batches = read_batches(config.data, ("source", "samples", "canvas"))
+    features = inputs.make_features(
+        DataConfig({"demo": SourceConfig(str(folder))}, CanvasConfig(**data.canvas.to_dict()), AugmentConfig(), None,
+                   CacheConfig(str(place / "cache"), "float32", batch=64), config.seed), {"demo": rows}, encoders)
+    batches = read_batches(data, OWN)
     table, held_out = features, None
     if run.validation.every or run.validation.grid_every:
         table, held = hold_out(features, run.validation.held, config.seed)
@@ -111,8 +120,12 @@ def prepare(config: ml_collections.ConfigDict, workdir: epath.PathLike
                                                    config.seed, accumulate=run.optimizer.accumulate), held_out
 
 
-def run(config: ml_collections.ConfigDict, workdir: epath.PathLike, setup_seconds: float = 0.0) -> dict[str, Any]:
-    """The whole demo; writes `edits.png`, `report.json` and `weights/` into the workdir and returns the report."""
+def run(config: ml_collections.ConfigDict, workdir: epath.PathLike, setup_seconds: float = 0.0,
+        command: str = "acejax demo") -> dict[str, Any]:
+    """The whole demo; writes `edits.png`, `report.json` and `weights/` into the workdir and returns the report.
+
+    `command` is noted beside the weights, as what made them.
+    """
     workdir = epath.Path(workdir)
     started = time.time()
     folder, autoencoder, stream, held_out = prepare(config, workdir)
@@ -122,19 +135,22 @@ def run(config: ml_collections.ConfigDict, workdir: epath.PathLike, setup_second
     seconds |= spent
     print("editing the test photo ...", flush=True)
     started = time.time()
-    note = {"command": f"acejax demo --config.seed={config.seed} --config.steps={config.steps}",
-            "train_seconds": round(seconds["train"], 1)}
+    note = {"command": command, "seed": config.seed, "steps": config.steps, "euler_steps": config.evaluate.steps,
+            "seconds": round(sum(seconds.values()) - setup_seconds, 1), "train_seconds": round(seconds["train"], 1)}
     params = state.params if state.ema is None else state.ema
-    weights.save(workdir / "weights", MMDiTConfig(**config.model), params, autoencoder, note)
-    editor = weights.load_editor(workdir / "weights", config.evaluate.steps)  # what is judged is what is saved
-    test, held = ({task: [row for row in rows if row["task"] == task] for task in TASKS}
+    weights.save(workdir / "weights", MMDiTConfig(**config.model), params, autoencoder, config.data.size, note)
+    editor = weights.load_editor(workdir / "weights")  # what is judged is what is saved
+    test, held = ({task: [row for row in rows if row["task"] == task] for task in TASKS if task in config.data.tasks}
                   for rows in (list(map(decoded, dataset.read(folder, split))) for split in ("test", "held")))
-    scores, edits = evaluate.evaluate(editor, test, held, TEST_SEED)
+    scores, edits = evaluate.evaluate(editor, test, held, config.evaluate.seed)
+    fine = evaluate.reconstruction(lambda shown: decode_latents(autoencoder, encode_pictures(autoencoder, shown)),
+                                   [row for task in test if task != "text" for row in test[task]])
     save_grid(workdir / "edits.png", test, edits)
     seconds["evaluate"] = time.time() - started
 
-    short = evaluate.missed(scores)
-    report = {"tasks": scores, "loss": _losses(workdir), "seconds": {k: round(v, 1) for k, v in seconds.items()},
+    short = evaluate.missed(scores, fine, config.evaluate.thresholds)
+    report = {"tasks": scores, "autoencoder": fine, "judged_on": dict(config.evaluate),
+              "loss": _losses(workdir), "seconds": {k: round(v, 1) for k, v in seconds.items()},
               "steps": config.steps, "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
               "seed": config.seed, "passed": not short, "missed": short}
     (workdir / "report.json").write_text(json.dumps(report, indent=2) + "\n")
@@ -145,34 +161,38 @@ def table(report: dict[str, Any]) -> str:
     """The report's scores as text."""
     lines = ["task             color  shape   held  shuffled   copy   grey  dB box  dB copy"]
     for task, row in report["tasks"].items():
-        lines.append(f"{task:<15}" + "".join(f"{value:>{width}.{digits}f}" for value, width, digits in (
-            (row["color_accuracy"], 7, 2), (row["shape_accuracy"], 7, 2), (row["held"]["color_accuracy"], 7, 2),
-            (row["shuffled_color_accuracy"], 10, 2), (row["copy_color_accuracy"], 7, 2),
-            (row["grey_color_accuracy"], 7, 2), (row["psnr_box"], 8, 1), (row["psnr_box_copy"], 9, 1))))
-    return "\n".join(lines)
+        main = evaluate.MAIN[task]
+        lines.append(f"{task:<15}" + "".join(f"{value:>{width}.{digits}f}" if value is not None else f"{'-':>{width}}"
+                                             for value, width, digits in (
+            (row[main], 7, 2), (row.get("shape_accuracy"), 7, 2), (row["held"][main], 7, 2), (row[f"shuffled_{main}"],
+            10, 2), (row[f"copy_{main}"], 7, 2), (row[f"grey_{main}"], 7, 2), (row["psnr_box"], 8, 1),
+            (row["psnr_box_copy"], 9, 1))))
+    if "remove" in report["tasks"]:
+        lines.append("remove: the share of symbols that are gone stands under color")
+    return "\n".join([*lines, f"autoencoder: {report['autoencoder']['psnr']:.1f} dB on the pictures to be made"])
 
 
 class Drawn(Sequence):
     """`count` drawn samples of each task, drawn when the first is asked for; `detail` is what the scores need."""
 
-    def __init__(self, count: int, seed: int, split: str):
-        self._count, self._seed, self._split = count, seed, split
+    def __init__(self, tasks: Sequence[str], count: int, seed: int, split: str, size: int, scales: tuple[float, ...]):
+        self._tasks, self._count, self._split, self._drawing = tasks, count, split, (seed, split, size, scales)
 
     def __len__(self) -> int:
-        return self._count * len(TASKS)
+        return self._count * len(self._tasks)
 
     def __getitem__(self, index: int) -> Sample:
         return self._samples[index]
 
     def fingerprint(self, index: int) -> str:
-        return f"{index} of {self._count} with seed {self._seed} for {self._split}"
+        return f"{index} of {self._count} of {', '.join(self._tasks)} by {self._drawing}"
 
     @functools.cached_property
     def _samples(self) -> list[Sample]:
         return [Sample(drawn.task, drawn.prompt, _png(drawn.target), *(None if array is None else _png(array) for array
                        in (drawn.image, drawn.mask)), tuple(map(_png, drawn.references)), f"{self._split} {drawn.task}",
                        json.dumps([dataclasses.astuple(thing) for thing in drawn.things]))
-                for task in TASKS for drawn in samples(self._count, task, self._seed, self._split)]
+                for task in self._tasks for drawn in samples(self._count, task, *self._drawing)]
 
 
 def decoded(sample: Sample) -> dict[str, Any]:

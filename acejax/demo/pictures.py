@@ -14,7 +14,8 @@ from PIL import Image, ImageDraw
 
 from acejax.lcu import CELL
 
-SIZE = 64
+SIZE = 64  # of a picture's sides, where nothing else is said; other sizes are multiples of 16
+SCALES = (1.5, 2.25, 3.375)  # of a photo's short side, in sides of a picture, where nothing else is said
 TEST_PHOTO = "coffee"
 PHOTOS = {  # name in prompts: skimage.data function
     "person": "astronaut", "cat": "chelsea", "sky": "rocket", "stars": "hubble_deep_field", "eye": "retina",
@@ -25,8 +26,9 @@ COLORS = {
 SHAPES = ("circle", "square", "triangle", "diamond", "star", "heart", "cross", "moon")
 HELD_PAIRS = frozenset({("heart", "blue"), ("star", "red"), ("circle", "purple"), ("square", "orange"),
                         ("triangle", "green"), ("moon", "yellow")})  # (shape, color) never trained on
-TASKS = ("text", "insert", "recolor", "instruct", "reference", "two_references")
-REPAINTING = {"recolor": 0.0, "instruct": 0.0}  # what lies under the mask is seen; 1 elsewhere: hidden
+TASKS = ("text", "insert", "recolor", "instruct", "reference", "two_references", "remove")
+SPLITS = ("train", "test", "held", "validation")
+REPAINTING = {"recolor": 0.0, "instruct": 0.0, "remove": 0.0}  # what lies under the mask is seen; 1 elsewhere: hidden
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,10 +42,10 @@ class Thing:
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """One training or test item. Pictures are [64, 64, 3] uint8, the mask [64, 64] uint8 with 255 = generate.
+    """One training or test item. Pictures are [size, size, 3] uint8, the mask [size, size] with 255 = generate.
 
     `image` is the picture to edit or None; `mask` None means the whole picture. `things` are the symbols the target
-    must show, in the order of the references.
+    must show, in the order of the references; where the task is to remove, that it must not show.
     """
 
     task: str
@@ -107,82 +109,99 @@ def paint(picture: np.ndarray, thing: Thing) -> np.ndarray:
     return out
 
 
-@functools.lru_cache(maxsize=16)
-def photo(name: str) -> tuple[np.ndarray, ...]:
-    """A photo at three scales, [h, w, 3] uint8 with the short side 96, 144 and 216 pixels."""
+@functools.lru_cache(maxsize=32)
+def photo(name: str, size: int = SIZE, scales: tuple[float, ...] = SCALES) -> tuple[np.ndarray, ...]:
+    """A photo at several scales for pictures of a size, [h, w, 3] uint8: the short side is `scales` times the size."""
     from skimage import data
 
     pixels = getattr(data, PHOTOS[name])()
     pixels = pixels if pixels.ndim == 3 else np.repeat(pixels[..., None], 3, axis=-1)
     picture = Image.fromarray(pixels[..., :3])
-    sizes = [tuple(round(side * short / min(picture.size)) for side in picture.size) for short in (96, 144, 216)]
+    sizes = [tuple(round(side * scale * size / min(picture.size)) for side in picture.size) for scale in scales]
     return tuple(np.asarray(picture.resize(size, Image.Resampling.LANCZOS)) for size in sizes)
 
 
-def samples(count: int, task: str, seed: int, split: str = "train") -> Iterator[Sample]:
-    """`count` samples of a task, fixed by (task, seed, split).
+def box_sides(size: int) -> range:
+    """Sides of the symbols in pictures of a size: on the latent grid, three eighths to one half of the size."""
+    return range(-(-size * 3 // (8 * CELL)) * CELL, size // 2 + 1, CELL)
 
-    Splits: "train" (training photos, no held-out pair), "test" (the test photo, trained pairs), "held" (the test
-    photo, held-out pairs only).
+
+def samples(count: int, task: str, seed: int, split: str = "train", size: int = SIZE,
+            scales: tuple[float, ...] = SCALES) -> Iterator[Sample]:
+    """`count` samples of a task on crops of photos, as by `photo`; fixed by what is given.
+
+    Splits: "train" and "validation" (training photos, no held-out pair), "test" (the test photo, trained pairs),
+    "held" (the test photo, held-out pairs only).
     """
-    rng = np.random.default_rng([seed, TASKS.index(task), ("train", "test", "held").index(split)])
+    rng = np.random.default_rng([seed, TASKS.index(task), SPLITS.index(split)])
     pairs = [pair for pair in itertools.product(SHAPES, COLORS) if (pair in HELD_PAIRS) == (split == "held")]
     for _ in range(count):
-        yield _sample(rng, task, split, pairs)
+        yield _sample(rng, task, split, pairs, size, scales)
 
 
-def _sample(rng: np.random.Generator, task: str, split: str, pairs: list[tuple[str, str]]) -> Sample:
+def _sample(rng: np.random.Generator, task: str, split: str, pairs: list[tuple[str, str]], size: int,
+            scales: tuple[float, ...]) -> Sample:
     def pick(options):
         return options[rng.integers(len(options))]
 
     def thing(box):
         return Thing(*pick(pairs), box)
 
-    def box(side, left=0, right=SIZE):
-        return (CELL * int(rng.integers((SIZE - side) // CELL + 1)),
+    def box(side, left=0, right=size):
+        return (CELL * int(rng.integers((size - side) // CELL + 1)),
                 left + CELL * int(rng.integers((right - left - side) // CELL + 1)), side)
 
+    def some(*between):
+        return thing(box(int(pick(box_sides(size))), *between))
+
     def crop(place):
-        picture = pick(photo(place))
-        top, left = (rng.integers(side - SIZE + 1) for side in picture.shape[:2])
-        window = picture[top:top + SIZE, left:left + SIZE]
+        picture = pick(photo(place, size, scales))
+        top, left = (rng.integers(side - size + 1) for side in picture.shape[:2])
+        window = picture[top:top + size, left:left + size]
         return window[:, ::-1].copy() if rng.integers(2) else window.copy()
 
     def reference(shown):
-        return paint(crop(pick(training)), dataclasses.replace(shown, box=box(int(pick((32, 40))))))
+        sides = [size // 2, size * 5 // (8 * CELL) * CELL]
+        return paint(crop(pick(training)), dataclasses.replace(shown, box=box(int(pick(sides)))))
 
     training = [name for name in PHOTOS if name != TEST_PHOTO]
-    place = pick(training) if split == "train" or task == "text" else TEST_PHOTO
+    place = TEST_PHOTO if split in ("test", "held") and task != "text" else pick(training)
     background = crop(place)
-    image, references = background, ()
+    image, references, masked = background, (), task not in ("text", "instruct")
     match task:
         case "text":
-            things = (thing((16, 16, 32)),)
+            side = size // 2 // CELL * CELL
+            things = (thing(((size - side) // 2 // CELL * CELL,) * 2 + (side,)),)
             prompt = f"{_article(things[0].color)} {things[0].shape} on {place}"
             image = None
         case "insert":
-            things = (thing(box(int(pick((24, 32))))),)
+            things = (some(),)
             prompt = f"{_article(things[0].color)} {things[0].shape}"
         case "recolor" | "instruct":
-            things = (thing(box(int(pick((24, 32))))),)
+            things = (some(),)
             others = [color for color in COLORS if color != things[0].color and (
-                split != "train" or (things[0].shape, color) not in HELD_PAIRS)]
+                split in ("test", "held") or (things[0].shape, color) not in HELD_PAIRS)]
             image = paint(background, dataclasses.replace(things[0], color=pick(others)))
             name = "it" if task == "recolor" else f"the {things[0].shape}"
             prompt = f"make {name} {things[0].color}"
+        case "remove":
+            things = (some(),)
+            image = paint(background, things[0])
+            masked = bool(rng.integers(2))
+            prompt = "remove it" if masked else f"remove the {things[0].shape}"
         case "reference":
-            things = (thing(box(int(pick((24, 32))))),)
+            things = (some(),)
             references = (reference(things[0]),)
             prompt = f"this {things[0].shape}"
         case "two_references":
-            half = SIZE // 2
-            things = (thing(box(int(pick((24, 32))), 0, half)), thing(box(int(pick((24, 32))), half, SIZE)))
+            half = size // 2 // CELL * CELL
+            things = (some(0, half), some(half, size))
             references = tuple(reference(shown) for shown in things)
             prompt = f"this {things[0].shape} and this {things[1].shape}"
-    target = functools.reduce(paint, things, background)
+    target = background if task == "remove" else functools.reduce(paint, things, background)
     mask = None
-    if task not in ("text", "instruct"):
-        mask = np.zeros((SIZE, SIZE), np.uint8)
+    if masked:
+        mask = np.zeros((size, size), np.uint8)
         for top, left, side in (shown.box for shown in things):
             mask[top:top + side, left:left + side] = 255
     return Sample(task, prompt, target, image, mask, references, things)

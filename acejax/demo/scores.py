@@ -11,12 +11,12 @@ def psnr(picture: np.ndarray, truth: np.ndarray) -> float:
     return float(10 * np.log10(255**2 / max(error, 1e-6)))
 
 
-def color_of(picture: np.ndarray, thing: Thing) -> str:
-    """The palette colour nearest (in CIELAB) to the mean colour inside the symbol's silhouette."""
+def color_of(picture: np.ndarray, thing: Thing, rows: slice = slice(None)) -> str:
+    """The palette colour nearest (in CIELAB) to the mean colour inside the symbol's silhouette, or some rows of it."""
     from skimage.color import rgb2lab
 
-    inside = silhouette(thing.shape, thing.box[2]) > 0.9
-    mean = _window(picture, thing)[inside].mean(0) / 255
+    inside = silhouette(thing.shape, thing.box[2])[rows] > 0.9
+    mean = _window(picture, thing)[rows][inside].mean(0) / 255
     palette = np.array(list(COLORS.values())) / 255
     return list(COLORS)[int(np.argmin(np.linalg.norm(rgb2lab(palette) - rgb2lab(mean), axis=-1)))]
 
@@ -28,6 +28,13 @@ def shape_of(picture: np.ndarray, thing: Thing) -> str:
     near = (near - near.mean()) / (near.std() + 1e-6)
     covers = [silhouette(shape, thing.box[2]).ravel() for shape in SHAPES]
     return SHAPES[int(np.argmax([near @ (cover - cover.mean()) / cover.std() for cover in covers]))]
+
+
+def is_gone(picture: np.ndarray, before: np.ndarray, truth: np.ndarray, thing: Thing) -> bool:
+    """Whether, where the symbol was, the picture is nearer to what lay under it (truth) than to the symbol (before)."""
+    inside = silhouette(thing.shape, thing.box[2]) > 0.9
+    found, shown, under = (_window(one, thing)[inside].astype(np.float64) for one in (picture, before, truth))
+    return bool(np.mean((found - under) ** 2) < np.mean((found - shown) ** 2))
 
 
 def psnr_box(picture: np.ndarray, truth: np.ndarray, things: tuple[Thing, ...]) -> float:

@@ -1,74 +1,97 @@
-"""Crop and stitch: work at the model's size around the mask, then put the result back into the picture."""
+"""Windows: the part of a picture that the model works on, and how it is cut out."""
 
 import dataclasses
+import math
 
 import numpy as np
-from PIL import Image, ImageFilter
+
+from acejax.data import resize
+from acejax.data.layout import visible
+from acejax.data.released_layout import TOKEN, Size
+
+WIDEST = 2  # longest side of a window around a mask, in shortest sides, unless the mask is longer
+ENLARGED = 4  # a window is not made more than this many times larger
 
 
 @dataclasses.dataclass(frozen=True)
 class Crop:
-    """A square window of a picture; it may reach beyond its edges, where pixels are mirrored."""
+    """A window of a picture, in its pixels; it may reach beyond the edges, where pixels are mirrored."""
 
     top: int
     left: int
-    side: int
+    height: int
+    width: int
+
+
+def middle(size: Size) -> Crop:
+    """All of a picture of `size` (height, width), or its middle where it is beyond 4:1."""
+    return Crop(*visible(size))
 
 
 def around(mask: np.ndarray, share: float) -> Crop:
-    """The window in whose middle the mask's bounding box takes `share` of the side; mask [h, w], > 127 = inside.
+    """The window inside the picture whose sides the mask's bounding box takes `share` of; mask [h, w], > 127 = inside.
+
+    It is no longer than 2:1 where the picture and the mask allow that.
+    """
+    (top, height), (left, width) = _box(mask)
+    tall, wide = math.ceil(height / share), math.ceil(width / share)
+    tall, wide = max(tall, math.ceil(wide / WIDEST)), max(wide, math.ceil(tall / WIDEST))
+    tall, wide = min(tall, mask.shape[0]), min(wide, mask.shape[1])
+
+    def place(low: int, extent: int, length: int, limit: int) -> int:
+        return min(max(low + extent // 2 - length // 2, 0), limit - length)
+
+    return Crop(place(top, height, tall, mask.shape[0]), place(left, width, wide, mask.shape[1]), tall, wide)
+
+
+def square(mask: np.ndarray, share: float, cells: int = 8) -> Crop:
+    """The square window in whose middle the mask's bounding box takes `share` of the side.
 
     It is moved towards the inside of the picture where it fits, so that the model sees real surroundings, by whole
-    eighths of its side, so that the box stays on the latent grid of a 64-pixel model; less than an eighth may be left
-    outside. It always holds the whole mask.
+    cells, of which its side has `cells`, so that the box stays on the latent grid of a model of as many; less than one
+    may be left outside. It always holds the whole mask.
     """
-    rows, columns = (np.flatnonzero((mask > 127).any(axis)) for axis in (1, 0))
-    height, width = rows[-1] - rows[0] + 1, columns[-1] - columns[0] + 1
+    (top, height), (left, width) = _box(mask)
     side = max(1, round(max(height, width) / share))
 
     def place(low: int, extent: int, limit: int) -> int:
-        start, cell = low + extent / 2 - side / 2, side / 8
+        start, cell = low + extent / 2 - side / 2, side / cells
         if side > limit:
             return (limit - side) // 2
         start += max(0, -start) // cell * cell - max(0, start + side - limit) // cell * cell
         return int(min(max(round(start), low + extent - side), low))
 
-    return Crop(place(rows[0], height, mask.shape[0]), place(columns[0], width, mask.shape[1]), side)
+    return Crop(place(top, height, mask.shape[0]), place(left, width, mask.shape[1]), side, side)
 
 
-def whole(size: tuple[int, int]) -> Crop:
-    """The window that holds a whole picture of height x width."""
+def whole_square(size: Size) -> Crop:
+    """The square window that holds a whole picture of height x width."""
     side = max(size)
-    return Crop((size[0] - side) // 2, (size[1] - side) // 2, side)
+    return Crop((size[0] - side) // 2, (size[1] - side) // 2, side, side)
 
 
-def cut(picture: np.ndarray, crop: Crop, size: int) -> np.ndarray:
-    """The window of a picture [h, w, 3] or mask [h, w], resized to size x size (antialiased; a mask is binarised)."""
-    rows, columns = (_mirror(start + np.arange(crop.side), limit)
-                     for start, limit in ((crop.top, picture.shape[0]), (crop.left, picture.shape[1])))
-    window = Image.fromarray(picture[np.ix_(rows, columns)])
-    if picture.ndim == 2:
-        return np.where(np.asarray(window.resize((size, size), Image.Resampling.BOX)) > 127, 255, 0).astype(np.uint8)
-    return np.asarray(window.resize((size, size), Image.Resampling.LANCZOS))
+def working_size(window: Crop, tokens: int) -> Size:
+    """The size at which a window is worked on: enlarged up to the model's `tokens`, never more than four times."""
+    k = min(ENLARGED, max(1.0, math.sqrt(tokens * TOKEN**2 / (window.height * window.width))))
+    height, width = (max(TOKEN, int(side * k + 1e-6) // TOKEN * TOKEN) for side in (window.height, window.width))
+    return height, width
 
 
-def paste(picture: np.ndarray, result: np.ndarray, crop: Crop, mask: np.ndarray | None) -> np.ndarray:
-    """Put a result [s, s, 3] back where its window was; outside the mask every pixel stays the picture's.
+def cut(picture: np.ndarray, window: Crop, size: Size) -> np.ndarray:
+    """The window of a picture [h, w, 3] or mask [h, w] at `size` (antialiased; a mask is binarised)."""
+    resized = resize.mask if picture.ndim == 2 else resize.antialiased
+    bottom, right = window.top + window.height, window.left + window.width
+    if window.top >= 0 and window.left >= 0 and bottom <= picture.shape[0] and right <= picture.shape[1]:
+        return resized(picture, size, (window.top, window.left, window.height, window.width))
+    rows = _mirror(np.arange(window.top, bottom), picture.shape[0])
+    columns = _mirror(np.arange(window.left, right), picture.shape[1])
+    return resized(picture[np.ix_(rows, columns)], size)
 
-    The edge is feathered inwards over about 1/32 of the window.
-    """
-    height, width = picture.shape[:2]
-    placed = picture.copy()
-    big = np.asarray(Image.fromarray(result).resize((crop.side, crop.side), Image.Resampling.BICUBIC))
-    top, left = max(0, crop.top), max(0, crop.left)
-    bottom, right = min(height, crop.top + crop.side), min(width, crop.left + crop.side)
-    placed[top:bottom, left:right] = big[top - crop.top:bottom - crop.top, left - crop.left:right - crop.left]
-    if mask is None:
-        return placed
-    inside = (mask > 127).astype(np.float32)
-    soft = Image.fromarray((inside * 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(crop.side / 64))
-    weight = (inside * np.clip(np.asarray(soft, np.float32) / 127.5 - 1, 0, 1) ** 0.5)[..., None]
-    return np.rint(picture * (1 - weight) + placed * weight).astype(np.uint8)
+
+def _box(mask: np.ndarray) -> tuple[tuple[int, int], tuple[int, int]]:
+    """(top, height), (left, width) of what is inside the mask."""
+    return tuple((int(where[0]), int(where[-1] - where[0] + 1)) for where in (
+        np.flatnonzero((mask > 127).any(axis)) for axis in (1, 0)))
 
 
 def _mirror(index: np.ndarray, limit: int) -> np.ndarray:

@@ -1,95 +1,131 @@
 """The editor: text and pictures in, pictures out. Encode once, sample as one compiled loop, decode, put back."""
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from acejax import flow, lcu
 from acejax.data import latents
-from acejax.data.canvas import Canvas, denormalize, editing, restore
+from acejax.data.canvas import Canvas, denormalize
 from acejax.data.encoders import EncodePrompts
 from acejax.data.latents import EncodePictures
-from acejax.data.layout import CanvasConfig
-from acejax.model.config import Execution, MMDiTConfig
-from acejax.model.mmdit import Tokens, apply
+from acejax.edit.annotators import annotator
+from acejax.edit.prepare import Annotate, Prepared, finish, prepare
+from acejax.edit.profile import Profile
+from acejax.edit.request import Options, Request, Result
+from acejax.edit.sampler import Sampler
+from acejax.lcu import CELL
 
-CANVAS = CanvasConfig(editing_height=1.0)
+Say = Callable[[str, float], None]
 
 
 class Editor:
-    """Edits pictures with a 448-channel model.
+    """Edits pictures with one set of weights.
 
     Args:
-      config, params: the transformer.
+      profile: what the weights want.
+      sampler: the transformer.
       encode_pictures: pictures [B, 8h, 8w, 3] in [-1, 1] -> latents [B, h, w, 16].
       decode_latents: the way back.
       encode_prompts: prompts -> text [B, T, D] and pooled [B, P].
-      steps: Euler steps.
-      guidance: guidance scale, where the model has guidance.
-      execution: how the transformer is computed.
-      canvas: how large it works and how high references are.
+      lora: pairs to add to the transformer (`acejax.adapt.lora`); may be replaced between edits.
+      annotate: (name, picture) -> the control map of a picture; None: what needs no weights (`acejax.edit.annotators`).
+      batch: most edits that are made at once.
+      check_prompt: raises UserError for a prompt that can't be read.
     """
 
-    def __init__(self, config: MMDiTConfig, params: Any, encode_pictures: EncodePictures,
-                 decode_latents: Callable[[jax.Array], jax.Array], encode_prompts: EncodePrompts, *, steps: int = 16,
-                 guidance: float = 1.0, execution: Execution = Execution(),
-                 canvas: CanvasConfig = CANVAS):
-        self._params, self._canvas = params, canvas
-        self._encode_pictures, self._encode_prompts = encode_pictures, encode_prompts
-        self._decode = decode_latents
-        self._sample = jax.jit(functools.partial(_sample, config, execution, steps, guidance))
+    def __init__(self, profile: Profile, sampler: Sampler, encode_pictures: EncodePictures,
+                 decode_latents: Callable[[jax.Array], jax.Array], encode_prompts: EncodePrompts, *, lora: Any = None,
+                 annotate: Annotate | None = None, batch: int = 4,
+                 check_prompt: Callable[[str], object] = lambda prompt: None):
+        self.profile, self.lora = profile, lora
+        self._sampler, self._encode_pictures, self._decode = sampler, encode_pictures, decode_latents
+        self._annotate = annotate or annotator(parity=profile.canvas.parity)
+        self._encode_prompts, self._check_prompt, self._batch = encode_prompts, check_prompt, batch
 
-    def generate(self, canvases: Sequence[Canvas], prompts: Sequence[str], seed: int = 0) -> list[np.ndarray]:
-        """What the model makes of canvases of one size: the target units, [h, w, 3] uint8, masked or not.
+    def __call__(self, task: str | None, prompt: str, *, image: np.ndarray | None = None,
+                 mask: np.ndarray | None = None, references: Sequence[np.ndarray] = (), seed: int = 0,
+                 options: Options = Options(), **more: Any) -> np.ndarray:
+        """One edit: [h, w, 3] uint8 of the picture's size; the arguments are those of `Request`.
 
-        A sample's noise depends on the seed and its place in the list.
+        Raises:
+          UserError: as `edit`.
         """
-        text, pooled = self._encode_prompts(prompts)
-        features = latents.encode(canvases, self._encode_pictures) | {"text": text, "pooled": pooled}
-        sampled = self._sample(self._params, jax.tree.map(jnp.asarray, features), jax.random.key(seed))
-        target = sampled[:, :, -(canvases[0].widths[-1] // lcu.CELL):]
-        return list(denormalize(self._decode(target)))
+        request = Request(prompt, task, image, mask, tuple(references), seed=seed, **more)
+        return self.edit([request], options)[0].picture
 
-    def __call__(self, prompt: str, image: np.ndarray | None = None, mask: np.ndarray | None = None,
-                 references: Sequence[np.ndarray] = (), *, size: tuple[int, int] | None = None, scale: float = 1.0,
-                 seed: int = 0) -> np.ndarray:
-        """One edit; outside the mask the picture is the input's.
+    def edit(self, requests: Sequence[Request], options: Options = Options(), say: Say | None = None) -> list[Result]:
+        """The results of several edits; those of equal shapes are made at once, and each as if it were alone.
 
         Args:
-          image, mask, references, scale: as `acejax.data.canvas.editing`. A picture larger than the canvas may be, or
-            with sides that are no multiples of 16, is made smaller and its result larger again.
-          size: height and width of the result where there is no image.
+          say: is told what happens and how much of the whole is done (0 to 1).
+
+        Raises:
+          UserError: a request that can't be, before any of them is begun.
+        """
+        steps, guidance = self.profile.steps_of(options.steps), self.profile.guidance_of(options.guidance)
+        say = say or (lambda *_: None)
+        say("laying out the pictures", 0.0)
+        prepared = [prepare(self.profile, request, options, self._annotate) for request in requests]
+        say("reading the prompts", 0.05)
+        text, pooled = (np.asarray(part) for part in self._encode_prompts([one.prompt for one in prepared]))
+        results: dict[int, Result] = {}
+        for members in _groups(prepared, self._batch):
+            say(f"making {len(members)} of {len(prepared)}", 0.1 + 0.9 * len(results) / len(prepared))
+            chosen = [prepared[index] for index in members]
+            made = self.generate([one.canvas for one in chosen], (text[members], pooled[members]),
+                                 [one.request.seed for one in chosen], steps, guidance)
+            for index, one, picture in zip(members, chosen, made, strict=True):
+                results[index] = finish(one, picture, options)
+        say("done", 1.0)
+        return [results[index] for index in range(len(prepared))]
+
+    def check(self, request: Request, options: Options = Options()) -> Hashable:
+        """Look at a request without making it. Requests with the same answer are made at once.
+
+        Raises:
+          UserError: as `edit` would.
+        """
+        self.profile.steps_of(options.steps), self.profile.guidance_of(options.guidance)
+
+        def stands_in(name: str, picture: np.ndarray) -> np.ndarray:
+            self._annotate(name, picture[:CELL, :CELL])  # whether it can be
+            return picture
+
+        prepared = prepare(self.profile, request, options, stands_in)
+        self._check_prompt(prepared.prompt)
+        return _shape(prepared)
+
+    def generate(self, canvases: Sequence[Canvas], text: tuple[np.ndarray, np.ndarray], seeds: Sequence[int],
+                 steps: int, guidance: float | None) -> list[np.ndarray]:
+        """What the model makes of canvases of one layout, masked or not: target units (with parity whole canvases).
+
+        Args:
+          text: the prompts' text [B, T, D] and pooled [B, P] features.
+          seeds: of each one's noise.
 
         Returns:
-          [h, w, 3] uint8 of the image's size; beyond 4:1 only its middle is edited. Without an image of `size`, beyond
-          4:1 of its middle.
+          Pictures [h, w, 3] uint8.
         """
-        canvas = editing(self._canvas, image, mask, references, size, scale)
-        (result,) = self.generate([canvas], [prompt], seed)
-        result, (top, left, height, width) = restore(result, size if image is None else image.shape[:2])
-        if image is None:
-            return result
-        middle = np.s_[top:top + height, left:left + width]
-        edited = image.copy()
-        edited[middle] = result if mask is None else np.where(mask[middle][..., None] > 127, result, image[middle])
-        return edited
+        features = latents.encode(canvases, self._encode_pictures) | {"text": text[0], "pooled": text[1]}
+        noise = jnp.stack([jax.random.normal(jax.random.key(seed), features["edit"].shape[1:]) for seed in seeds])
+        sampled = self._sampler(features, noise, steps, guidance, self.lora)
+        if not canvases[0].joined:
+            sampled = sampled[:, :, -(canvases[0].widths[-1] // CELL):]
+        return list(denormalize(self._decode(sampled)))
 
 
-def _sample(config: MMDiTConfig, execution: Execution, steps: int, guidance: float, params: Any,
-            features: dict[str, jax.Array], key: jax.Array) -> jax.Array:
-    """Latents [B, h, w, 16] of the whole canvas."""
-    batch, height, width, channels = features["edit"].shape
-    keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(batch))
-    noise = jax.vmap(lambda k: jax.random.normal(k, (height, width, channels)))(keys)
-    full = jnp.full((batch,), guidance) if config.guidance_embed else None
+def _groups(prepared: Sequence[Prepared], batch: int) -> Iterator[list[int]]:
+    """Indices of what can be made at once, at most `batch`."""
+    groups: dict[Any, list[int]] = {}
+    for index, one in enumerate(prepared):
+        groups.setdefault(_shape(one), []).append(index)
+    for members in groups.values():
+        for start in range(0, len(members), batch):
+            yield members[start:start + batch]
 
-    def velocity(latents, sigma):
-        image, positions = lcu.pack(latents, features["edit"], features["mask"], features["modify"])
-        tokens = Tokens(image, positions, features["text"], features["pooled"], jnp.full((batch,), sigma), full)
-        return lcu.unpack(apply(config, params, tokens, execution=execution), height, width)
 
-    return flow.euler(velocity, noise, flow.schedule(steps, height * width // lcu.PATCH**2))
+def _shape(prepared: Prepared) -> Hashable:
+    return prepared.canvas.mask.shape, prepared.canvas.widths

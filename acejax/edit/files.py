@@ -1,10 +1,11 @@
 """Reading and writing picture files."""
 
+import hashlib
 import io
 
 import numpy as np
 from etils import epath
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from acejax.data import pictures, written
 from acejax.errors import UserError
@@ -18,7 +19,13 @@ def read_picture(path: epath.PathLike) -> np.ndarray:
     Raises:
       UserError: the file is missing, or no picture that can be read whole.
     """
-    return pictures.decode(pictures.read(path), str(path))
+    return hashed_picture(path)[0]
+
+
+def hashed_picture(path: epath.PathLike) -> tuple[np.ndarray, str]:
+    """`read_picture`, and the SHA-256 of the file's bytes."""
+    data = pictures.read(path)
+    return pictures.decode(data, str(path)), hashlib.sha256(data).hexdigest()
 
 
 def read_mask(path: epath.PathLike, size: tuple[int, int]) -> np.ndarray:
@@ -27,32 +34,60 @@ def read_mask(path: epath.PathLike, size: tuple[int, int]) -> np.ndarray:
     Raises:
       UserError: unreadable, of another size (height, width) than its picture, or without a white pixel.
     """
-    mask = np.where(pictures.decode_mask(pictures.read(path), str(path)) > 127, 255, 0).astype(np.uint8)
+    return hashed_mask(path, size)[0]
+
+
+def hashed_mask(path: epath.PathLike, size: tuple[int, int]) -> tuple[np.ndarray, str]:
+    """`read_mask`, and the SHA-256 of the file's bytes."""
+    data = pictures.read(path)
+    mask = np.where(pictures.decode_mask(data, str(path)) > 127, 255, 0).astype(np.uint8)
     pictures.check_mask(mask.shape, size, str(path))
     if not mask.any():
         raise UserError(f"mask {path} has no white pixel: nothing to generate")
-    return mask
+    return mask, hashlib.sha256(data).hexdigest()
 
 
-def write_picture(path: epath.PathLike, picture: np.ndarray) -> None:
+def write_picture(path: epath.PathLike, picture: np.ndarray, about: dict[str, str] | None = None) -> None:
     """Write [h, w, 3] uint8 in the format that the suffix names, beside and renamed.
+
+    Args:
+      about: texts by key, which a PNG keeps as iTXt chunks; other formats drop them.
 
     Raises:
       UserError: as `picture_format`.
     """
-    path, buffer = epath.Path(path), io.BytesIO()
-    Image.fromarray(picture).save(buffer, picture_format(path))
+    path, buffer, texts = epath.Path(path), io.BytesIO(), PngImagePlugin.PngInfo()
+    for key, text in (about or {}).items():
+        texts.add_itxt(key, text)
+    kind = picture_format(path)
+    Image.fromarray(picture).save(buffer, kind, **({"pnginfo": texts} if kind == "PNG" else {}))
     written.write(path, buffer.getvalue())
 
 
-def picture_format(path: epath.PathLike) -> str:
+def read_text(path: epath.PathLike, key: str) -> str | None:
+    """A text that a PNG keeps before its pixels; None where it has none, or the file is no PNG.
+
+    Raises:
+      UserError: the file is missing.
+    """
+    with pictures.opened(path) as file:
+        try:
+            return PngImagePlugin.PngImageFile(file).info.get(key)
+        except (OSError, ValueError, SyntaxError):
+            return None
+
+
+def picture_format(path: epath.PathLike, made: bool = False) -> str:
     """The format of a file to be written, by its suffix.
+
+    Args:
+      made: its folder will be made.
 
     Raises:
       UserError: a folder that is not there, or a suffix that names no picture format.
     """
     path = epath.Path(path)
-    if not path.parent.exists():
+    if not made and not path.parent.exists():
         raise UserError(f"{path}: the folder {path.parent} is not there")
     if path.is_dir():
         raise UserError(f"{path} is a folder; expected a file to write")

@@ -5,6 +5,7 @@ the body of a scan once and a kernel such as cuDNN's or splash not at all.
 """
 
 import dataclasses
+from collections.abc import Mapping
 
 from acejax.model.config import MMDiTConfig
 from acejax.model.mmdit import TIME_CHANNELS
@@ -55,10 +56,33 @@ def forward(config: MMDiTConfig, text: int, image: int, batch: int = 1) -> Flops
     )
 
 
-def training_step(config: MMDiTConfig, text: int, image: int, batch: int = 1) -> int:
-    """Model FLOPs of a full training step, the numerator of MFU: 3 x forward.
+def low_rank(pairs: Mapping[str, int], text: int, image: int, batch: int = 1) -> int:
+    """FLOPs that LoRA pairs add to a forward pass: 2 for each number of a and b and each token that meets it.
+
+    `pairs` are numbers by module ("double_blocks/txt/qkv"), all layers together.
+    """
+    def tokens(module: str) -> int:
+        if "modulation" in module or module.startswith(("time_in", "guidance_in", "vector_in")):
+            return 1
+        if module.startswith(("double_blocks/txt", "txt_in")):
+            return text
+        return text + image if module.startswith("single_blocks") else image
+
+    return batch * 2 * sum(count * tokens(module) for module, count in pairs.items())
+
+
+def training_step(config: MMDiTConfig, text: int, image: int, batch: int = 1, pairs: Mapping[str, int] | None = None
+                  ) -> int:
+    """Model FLOPs of a training step, the numerator of MFU: 3 x forward.
 
     The backward pass is two products for each one of the forward pass. By the usual convention what remat recomputes
     does not count, and the few input gradients that nothing needs (of tokens and sinusoids) do.
+
+    With a LoRA on the blocks (`pairs`, as `low_rank`) no kernel has a gradient: 2 x forward for the blocks' linear
+    layers and the output, 3 x for attention and the pairs, 1 x for what lies before the blocks and for modulation.
     """
-    return 3 * forward(config, text, image, batch).total
+    once = forward(config, text, image, batch)
+    if pairs is None:
+        return 3 * once.total
+    output = batch * 2 * config.hidden_size * image * config.out_channels
+    return once.total + once.linear + 2 * once.attention + output + 3 * low_rank(pairs, text, image, batch)

@@ -10,6 +10,7 @@ The tree differs from BFL's in storage only. `qkv` is one leaf [layers, in, 3, h
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -98,9 +99,13 @@ class StreamLayers(nn.Module):
         self.mlp_in = Dense((c.mlp_size,), dtype)
         self.mlp_out = Dense((c.hidden_size,), dtype, use_bias=not self.parallel)  # linear2 has one bias: proj's
 
-    def before(self, x: jax.Array, vec: jax.Array):
-        """x [B, S, D], vec [B, D] -> (q, k, v), each [B, S, heads, head_dim], and what `after` needs."""
-        modulation = self.execution.constrain(self.modulation(nn.silu(vec)), "modulation")
+    def before(self, x: jax.Array, vec: jax.Array | None, modulation: jax.Array | None):
+        """x [B, S, D] -> (q, k, v), each [B, S, heads, head_dim], and what `after` needs.
+
+        `modulation` [B, vectors, D] is what the layer would make of `vec` [B, D]; one of the two is given.
+        """
+        modulation = self.modulation(nn.silu(vec)) if modulation is None else modulation
+        modulation = self.execution.constrain(modulation, "modulation")
         shift, scale, *rest = jnp.split(modulation[:, :, None], 3 if self.parallel else 6, axis=1)
         y = self.execution.constrain(modulated_norm(x, shift[:, 0], scale[:, 0]), "hidden")
         q, k, v = (self.execution.constrain(part, "heads") for part in jnp.moveaxis(self.qkv(y), -3, 0))
@@ -144,12 +149,13 @@ class DoubleBlock(nn.Module):
     execution: Execution
 
     @nn.compact
-    def __call__(self, streams, vec, rope, lengths):
+    def __call__(self, streams, modulation, vec, rope, lengths):
         text, image = (self.execution.constrain(x, "hidden") for x in streams)
         text_stream = StreamLayers(self.config, self.execution, name="txt")
         image_stream = StreamLayers(self.config, self.execution, name="img")
-        text_qkv, text_kept = text_stream.before(text, vec)
-        image_qkv, image_kept = image_stream.before(image, vec)
+        modulation = modulation or {}
+        text_qkv, text_kept = text_stream.before(text, vec, modulation.get("txt"))
+        image_qkv, image_kept = image_stream.before(image, vec, modulation.get("img"))
         qkv = [jnp.concatenate(pair, axis=1) for pair in zip(text_qkv, image_qkv, strict=True)]
         attended = attend(qkv, rope, lengths, self.execution)
         text, image = (self.execution.constrain(x, "hidden") for x in (
@@ -163,8 +169,8 @@ class SingleBlock(StreamLayers):
 
     parallel: bool = True
 
-    def __call__(self, x, vec, rope, lengths):
-        qkv, kept = self.before(self.execution.constrain(x, "hidden"), vec)
+    def __call__(self, x, modulation, vec, rope, lengths):
+        qkv, kept = self.before(self.execution.constrain(x, "hidden"), vec, modulation)
         x = self.after(attend(qkv, rope, lengths, self.execution), kept)
         return self.execution.constrain(x, "hidden"), None
 
@@ -189,12 +195,20 @@ class FinalLayer(nn.Module):
     execution: Execution
 
     @nn.compact
-    def __call__(self, x: jax.Array, vec: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, vec: jax.Array | None, modulation: jax.Array | None) -> jax.Array:
         c, dtype = self.config, self.execution.dtype
-        modulation = Dense((2, c.hidden_size), dtype, zero=True, name="modulation")(nn.silu(vec))
+        if modulation is None:
+            modulation = Dense((2, c.hidden_size), dtype, zero=True, name="modulation")(nn.silu(vec))
         shift, scale = jnp.split(self.execution.constrain(modulation, "modulation"), 2, axis=1)
         x = self.execution.constrain(modulated_norm(x, shift, scale), "hidden")
         return Dense((c.out_channels,), dtype, zero=True, name="linear")(x)
+
+
+def conditioning(config: MMDiTConfig, embed: Callable[[str, jax.Array], jax.Array], sigma: jax.Array,
+                 pooled: jax.Array, guidance: jax.Array | None) -> jax.Array:
+    """What modulates the model: [B, D]; `embed(name, x)` runs the embedder of that name."""
+    vec = embed("time_in", timestep_embedding(sigma)) + embed("vector_in", pooled)
+    return vec + embed("guidance_in", timestep_embedding(guidance)) if config.guidance_embed else vec
 
 
 class MMDiT(nn.Module):
@@ -213,26 +227,33 @@ class MMDiT(nn.Module):
         self.single_blocks = _stack(SingleBlock, c, e, c.depth_single_blocks)
         self.final_layer = FinalLayer(c, e)
 
-    def __call__(self, tokens: Tokens) -> jax.Array:
-        streams, vec, rope, lengths = self.embed(tokens)
-        streams, _ = self.double_blocks(streams, vec, rope, lengths)
-        x, _ = self.single_blocks(jnp.concatenate(streams, axis=1), vec, rope, lengths)
-        return self.head(x, vec, streams[0].shape[1])
+    def __call__(self, tokens: Tokens, modulation: Params | None = None, residual: jax.Array | None = None
+                 ) -> tuple[jax.Array, jax.Array]:
+        (text, image), vec, rope, lengths = self.embed(tokens, modulation is not None)
+        given = dict.fromkeys(("double_blocks", "single_blocks", "final_layer")) if modulation is None else modulation
+        constrain = self.execution.constrain
+        if residual is not None:
+            residual = constrain(residual, "hidden")
+            return self.final_layer(constrain(image, "hidden") + residual, vec, given["final_layer"]), residual
+        streams, _ = self.double_blocks((text, image), given["double_blocks"], vec, rope, lengths)
+        x, _ = self.single_blocks(jnp.concatenate(streams, axis=1), given["single_blocks"], vec, rope, lengths)
+        added = constrain(x[:, text.shape[1]:], "hidden") - constrain(image, "hidden")
+        return self.head(x, vec, text.shape[1], given["final_layer"]), added
 
-    def embed(self, tokens: Tokens):
-        """What blocks work on: the (text, image) streams, and vec, rope and lengths, which all of them see."""
-        vec = self.time_in(timestep_embedding(tokens.sigma)) + self.vector_in(tokens.pooled)
-        if self.config.guidance_embed:
-            vec = vec + self.guidance_in(timestep_embedding(tokens.guidance))
+    def embed(self, tokens: Tokens, modulated: bool = False):
+        """What blocks work on: the (text, image) streams, and vec (None where modulation is given), rope and lengths,
+        which all of them see."""
+        vec = None if modulated else conditioning(
+            self.config, lambda name, x: getattr(self, name)(x), tokens.sigma, tokens.pooled, tokens.guidance)
         image, text = self.img_in(tokens.image), self.txt_in(tokens.text)
         text_size = text.shape[1]
         positions = jnp.pad(tokens.positions, ((0, 0), (text_size, 0), (0, 0)))
         rope = rotations(positions, self.config.axes_dim, self.config.theta)
         return (text, image), vec, rope, None if tokens.lengths is None else text_size + tokens.lengths
 
-    def head(self, x: jax.Array, vec: jax.Array, text_size: int) -> jax.Array:
+    def head(self, x: jax.Array, vec: jax.Array | None, text_size: int, given: jax.Array | None = None) -> jax.Array:
         """The velocity, from what the last block made of text and image."""
-        return self.final_layer(x[:, text_size:], vec)
+        return self.final_layer(x[:, text_size:], vec, given)
 
 
 def _stack(block, config: MMDiTConfig, execution: Execution, length: int):
@@ -240,7 +261,8 @@ def _stack(block, config: MMDiTConfig, execution: Execution, length: int):
     if execution.remat != "none":
         policy = {"full": None, "attention": jax.checkpoint_policies.save_only_these_names("attention")}
         block = nn.remat(block, policy=policy[execution.remat], prevent_cse=False)  # False: inside a scan
-    stack = nn.scan(block, length=length, in_axes=nn.broadcast, variable_axes={"params": 0, "lora": 0, "quant": 0},
+    in_axes = (0, nn.broadcast, nn.broadcast, nn.broadcast)  # a modulation that is given is each layer's own
+    stack = nn.scan(block, length=length, in_axes=in_axes, variable_axes={"params": 0, "lora": 0, "quant": 0},
                     split_rngs={"params": True})
     return stack(config, execution)
 
@@ -262,7 +284,8 @@ def init(config: MMDiTConfig, key: jax.Array) -> Params:
 
 
 def apply(config: MMDiTConfig, params: Params, tokens: Tokens, *, lora: Params | None = None,
-          quant: Params | None = None, execution: Execution = Execution()) -> jax.Array:
+          quant: Params | None = None, modulation: Params | None = None, execution: Execution = Execution()
+          ) -> jax.Array:
     """The velocity [B, S, out_channels] of the image tokens, in `execution.dtype`.
 
     A pure function of its trees and `tokens`; `config` and `execution` are static (hashable).
@@ -273,28 +296,40 @@ def apply(config: MMDiTConfig, params: Params, tokens: Tokens, *, lora: Params |
       tokens: what the model sees.
       lora: low-rank pairs to add (`acejax.adapt.lora`).
       quant: kernels in eight bits (`acejax.adapt.quantize`).
+      modulation: what `acejax.model.modulation.modulations` gives for one noise level, guidance and pooled text, in
+        place of the tokens' own; then the trees need not have the leaves that it was made of.
       execution: how to compute it.
 
     Raises:
       ValueError: tokens whose channels are not the config's, or a `lora` for layers that the model does not have.
+    """
+    return forward(config, params, tokens, lora=lora, quant=quant, modulation=modulation, execution=execution)[0]
+
+
+def forward(config: MMDiTConfig, params: Params, tokens: Tokens, *, lora: Params | None = None,
+            quant: Params | None = None, modulation: Params | None = None, residual: jax.Array | None = None,
+            execution: Execution = Execution()) -> tuple[jax.Array, jax.Array]:
+    """As `apply`, with what the blocks have added to the image's tokens, [B, S, hidden_size], beside the velocity.
+
+    Given a `residual`, the blocks do not run and this is added in their place.
     """
     for field, found, expected in (("image", tokens.image.shape[-1], config.in_channels),
                                    ("text", tokens.text.shape[-1], config.context_in_dim),
                                    ("pooled", tokens.pooled.shape[-1], config.vec_in_dim)):
         if found != expected:
             raise ValueError(f"tokens.{field} has {found} channels, the config expects {expected}")
-    if config.guidance_embed and tokens.guidance is None:
+    if config.guidance_embed and tokens.guidance is None and modulation is None:
         raise ValueError("tokens.guidance is None, but the config has guidance_embed")
     collections = {"params": params}
     if quant is not None:
         collections["quant"] = quant
     if lora is not None:
-        _check_lora(collections, lora)
+        check_lora(collections, lora)
         collections["lora"] = lora
-    return MMDiT(config, execution).apply(collections, tokens)
+    return MMDiT(config, execution).apply(collections, tokens, modulation, residual)
 
 
-def _check_lora(collections: dict[str, Params], lora: Params) -> None:
+def check_lora(collections: dict[str, Params], lora: Params) -> None:
     """Linen passes over variables that no module asks for; a LoRA that does nothing must not pass unseen."""
     layers = {path[:-1] for tree in collections.values() for path in flatten_dict(tree) if path[-1] in ("kernel", "q")}
     unknown = sorted("/".join(path[:-1]) for path in flatten_dict(lora) if path[:-1] not in layers)

@@ -38,6 +38,8 @@ def _sizes(shape: Mapping[str, int] | None, devices: int) -> tuple[int, ...]:
         raise UserError(f"mesh: unknown axis {', '.join(sorted(unknown))}; the axes are {', '.join(AXES)}")
     sizes = [shape.get(axis, 1) for axis in AXES]
     fixed = math.prod(size for size in sizes if size != -1)
+    if sizes.count(-1) > 1:
+        raise UserError(f"mesh: {shape} has several axes of -1; expected one at most, for what is left")
     if sizes.count(-1) == 1 and fixed > 0 and devices % fixed == 0:
         sizes[sizes.index(-1)] = devices // fixed
     if math.prod(sizes) != devices or min(sizes) < 1:

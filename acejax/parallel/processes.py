@@ -95,7 +95,7 @@ def given(coordinator: str | None, processes: int | None, process: int | None) -
 
 @contextlib.contextmanager
 def joined(coordinator: str | None = None, processes: int | None = None, process: int | None = None, *,
-           patience: float = 300, silence: float = 60) -> Iterator[None]:
+           patience: float = 300, silence: float = 120) -> Iterator[None]:
     """Be one of a run's processes, if there are several; enter it before jax does anything.
 
     What is raised inside ends this process, with the message and code of `acejax.cli.main`, and soon all others. Only

@@ -2,9 +2,10 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 from acejax import fields
+from acejax.adapt.targets import ACE_PLUS
 from acejax.data.layout import CanvasConfig
 from acejax.errors import UserError
 from acejax.model.config import Execution, MMDiTConfig
@@ -92,6 +93,38 @@ class OptimizerConfig:
                             "whole batch; expected accumulate=1")
 
 
+BASES = ("float32", "bfloat16", "int8", "float8")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """What is trained beside a model that stays as it is (`acejax.adapt.lora`).
+
+    Attributes:
+      rank: of every pair.
+      alpha: a pair's product counts alpha / rank; None is the rank.
+      targets: names of linear layers, or regular expressions over them, in our names ("double_blocks/.*/qkv") or in
+        BFL's ("(model.)?double_blocks.*qkv").
+      init_from: a LoRA file to go on from, of this rank; it brings its own alphas.
+      base: how the model is held: "bfloat16", "float32", or its blocks' kernels as "int8" or "float8".
+    """
+
+    rank: int
+    alpha: float | None = None
+    targets: str | tuple[str, ...] = ACE_PLUS
+    init_from: str | None = None
+    base: str = "bfloat16"
+
+    def __post_init__(self):
+        _at_least(self, rank=1)
+        if self.base not in BASES:
+            raise UserError(f"base is {self.base!r}; known: {', '.join(BASES)}")
+        if self.alpha is not None and self.alpha <= 0:
+            raise UserError(f"alpha is {self.alpha}; expected above 0, or None for the rank")
+        if self.alpha is not None and self.init_from:
+            raise UserError(f"alpha is {self.alpha}, and init_from brings its own; expected one of them")
+
+
 @dataclasses.dataclass(frozen=True)
 class ExecutionConfig:
     """As `acejax.Execution`, which also needs the mesh."""
@@ -128,7 +161,8 @@ class CheckpointConfig:
       keep: the last so many stay,
       best: and the so many of least validation loss, of steps that have one (`validation.every`).
       export_every: steps between exports as safetensors, 0 for none, in
-      export_layout: "bfl", "comfy" or "diffusers".
+      export_layout: "bfl", "comfy" or "diffusers" (a LoRA has no "bfl"), or several with commas between, in
+      export_dtype: "float32", "bfloat16" or "float16"; None is as trained.
     """
 
     every: int = 1000
@@ -136,11 +170,18 @@ class CheckpointConfig:
     best: int = 0
     export_every: int = 0
     export_layout: str = "bfl"
+    export_dtype: str | None = None
 
     def __post_init__(self):
         _at_least(self, every=1, keep=1, best=0, export_every=0)
-        if self.export_layout not in (known := ("bfl", "comfy", "diffusers")):
+        if not set(self.layouts) <= set(known := ("bfl", "comfy", "diffusers")):
             raise UserError(f"export_layout is {self.export_layout!r}; known: {', '.join(known)}")
+        if self.export_dtype not in (known := (None, "float32", "bfloat16", "float16")):
+            raise UserError(f"export_dtype is {self.export_dtype!r}; known: {', '.join(map(str, known))}")
+
+    @property
+    def layouts(self) -> tuple[str, ...]:
+        return tuple(self.export_layout.split(","))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,6 +235,7 @@ class TrainConfig:
       steps: its length.
       model: what is trained.
       init_from: weights to start from: a safetensors file, a folder, a hub id, a workdir; None is random.
+      lora: where a LoRA is trained on them, and not they.
       mesh: sizes of its axes.
       others: as the classes say.
     """
@@ -204,6 +246,7 @@ class TrainConfig:
     optimizer: OptimizerConfig
     loss: LossConfig = LossConfig()
     init_from: str | None = None
+    lora: LoraConfig | None = None
     mesh: Mapping[str, int] = dataclasses.field(default_factory=lambda: {"data": -1})
     execution: ExecutionConfig = ExecutionConfig()
     reading: ReadingConfig = ReadingConfig()
@@ -224,9 +267,10 @@ class TrainConfig:
             raise UserError(f"config.{unknown[0]}: no such field; expected {', '.join((*known, *DATA))}")
         values = {}
         for name, field in known.items():
-            if dataclasses.is_dataclass(field.type):
+            part = next(filter(dataclasses.is_dataclass, (field.type, *get_args(field.type))), None)
+            if part is not None:
                 if name in config or field.default is dataclasses.MISSING:
-                    values[name] = fields.read(field.type, config, name)
+                    values[name] = fields.read(part, config, name)
             elif name in config:
                 values[name] = fields.value(config[name], field.type, f"config.{name}")
             elif field.default is field.default_factory is dataclasses.MISSING:
@@ -234,10 +278,15 @@ class TrainConfig:
         run = cls(**values)
         if run.steps < 1 or run.seed < 0:
             raise UserError(f"config.steps is {run.steps} and config.seed {run.seed}; expected at least 1 and 0")
+        if run.lora and run.checkpoint.export_every and "bfl" in run.checkpoint.layouts:
+            raise UserError("config.checkpoint.export_layout has 'bfl'; a LoRA is written as 'comfy' or 'diffusers'")
         split = config.get("data", {}).get("canvas", {}).get("split", CanvasConfig.split)
         if run.model.in_channels not in (64, made := 448 if split else 384):
             raise UserError(f"config.model.in_channels is {run.model.in_channels}; with config.data.canvas.split="
                             f"{split} the data makes {made} (64 trains a text-to-image model on the targets alone)")
+        if run.lora and (run.optimizer.fused or run.optimizer.param_dtype != "float32"):
+            raise UserError("config.lora with config.optimizer.fused or param_dtype='bfloat16': a LoRA's factors are "
+                            "small, and trained in float32 by the ordinary step")
         if run.optimizer.fused and run.execution.remat != "full":
             raise UserError(f"config.execution.remat is {run.execution.remat!r} and config.optimizer.fused True, which "
                             "recomputes each block; expected 'full'")

@@ -2,9 +2,11 @@
 
 import concurrent.futures
 import tempfile
+from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
@@ -12,6 +14,7 @@ from jax.experimental import multihost_utils
 from acejax.errors import UserError
 from acejax.model.config import MMDiTConfig
 from acejax.weights import keymaps, save
+from acejax.weights.lora_formats import save_lora
 
 PIECE = 2**28  # bytes of a leaf that are gathered at once, on every device where there are several processes
 
@@ -22,12 +25,16 @@ class Exports:
     Args:
       workdir: of the run.
       config: of the model.
-      layout: "bfl", "comfy" (bfl's names under ComfyUI's prefix) or "diffusers".
+      layouts: "bfl", "comfy" (bfl's names under ComfyUI's prefix) or "diffusers"; of several, each is a file
+        `step_000123_comfy.safetensors` of its own.
+      dtype: of the numbers, by name; None keeps what they have.
+      lora: whether a LoRA is written (`acejax.save_lora`), which has no "bfl".
     """
 
-    def __init__(self, workdir: epath.PathLike, config: MMDiTConfig, layout: str):
+    def __init__(self, workdir: epath.PathLike, config: MMDiTConfig, layouts: Sequence[str] = ("bfl",),
+                 dtype: str | None = None, lora: bool = False):
         self._folder, self._config = epath.Path(workdir) / "exports", config
-        self._layout, self._prefix = ("bfl", keymaps.COMFY) if layout == "comfy" else (layout, None)
+        self._layouts, self._dtype, self._lora = tuple(layouts), dtype and jnp.dtype(dtype), lora
         self._pool, self._writing = concurrent.futures.ThreadPoolExecutor(1), None
 
     def save(self, step: int, params: Any) -> None:
@@ -54,17 +61,28 @@ class Exports:
             writing.result()
 
     def _write(self, step: int, params: Any) -> None:
-        name = f"step_{step:06d}.safetensors"
+        for layout in self._layouts:
+            self._write_one(f"step_{step:06d}{f'_{layout}' * (len(self._layouts) > 1)}.safetensors", params, layout)
+
+    def _write_one(self, name: str, params: Any, layout: str) -> None:
         if "://" not in str(self._folder):
-            save.save_model(self._folder / name, self._config, params, self._layout, prefix=self._prefix)
+            self._save(self._folder / name, params, layout)
             return
         with tempfile.TemporaryDirectory() as beside:  # an object store takes whole files only
-            save.save_model(epath.Path(beside) / name, self._config, params, self._layout, prefix=self._prefix)
+            self._save(epath.Path(beside) / name, params, layout)
             try:
                 self._folder.mkdir(parents=True, exist_ok=True)
                 (epath.Path(beside) / name).copy(self._folder / name, overwrite=True)
             except OSError as error:
                 raise UserError(f"{self._folder / name}: cannot be written ({error})") from error
+
+    def _save(self, path: epath.Path, params: Any, layout: str) -> None:
+        if self._lora:
+            save_lora(path, self._config, params, layout, self._dtype)
+        elif layout == "comfy":
+            save.save_model(path, self._config, params, "bfl", dtype=self._dtype, prefix=keymaps.COMFY)
+        else:
+            save.save_model(path, self._config, params, layout, dtype=self._dtype)
 
 
 def _gather(leaf: jax.Array) -> np.ndarray | None:

@@ -35,9 +35,9 @@ BLOCKS = dict(zip(stacks.STACKS, (DoubleBlock, SingleBlock), strict=True))
 Block = Callable[[Any, Any, jax.Array], Any]  # (parameters, input, vec) -> output
 
 
-def fused_step(state: TrainState, batch: Batch, setting: StepConfig, optimizer: Adafactor
+def fused_step(state: TrainState, batch: Batch, setting: StepConfig, optimizer: Adafactor, frozen: None = None
                ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """As `acejax.train.step.train_step`, and with the same metrics.
+    """As `acejax.train.step.train_step`, and with the same metrics; nothing is frozen, a LoRA has no use for it.
 
     `skipped` is 1 where the loss was not finite and nothing has changed, or where the gradient was not: see above.
     """
@@ -49,7 +49,7 @@ def fused_step(state: TrainState, batch: Batch, setting: StepConfig, optimizer: 
         return (streams, vec), fixed
 
     def block(name, params, x, vec):
-        return BLOCKS[name](setting.config, setting.execution).apply({"params": params}, x, vec, *fixed)[0]
+        return BLOCKS[name](setting.config, setting.execution).apply({"params": params}, x, None, vec, *fixed)[0]
 
     def head(rest, x, vec):
         velocity = model.apply({"params": rest}, x, vec, text_size, method="head")

@@ -14,15 +14,19 @@ from etils import epath
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from acejax.checkpoint import Checkpoints
+from acejax.adapt.lora import spread
+from acejax.checkpoint import Checkpoints, digest
 from acejax.data.stream import Stream
+from acejax.errors import UserError
 from acejax.parallel import batch as batches
 from acejax.parallel import mesh as meshes
 from acejax.parallel import processes, rules
 from acejax.parallel.chips import chip_of
+from acejax.train import lora as loras
 from acejax.train.config import TrainConfig
+from acejax.train.exhausted import explained
 from acejax.train.export import Exports
-from acejax.train.plan import plan
+from acejax.train.plan import Plan, plan
 from acejax.train.preemption import Preempted, Preemption
 from acejax.train.profile import Profiler, write_hlo
 from acejax.train.program import Program
@@ -41,7 +45,7 @@ FREE = ("execution", "mesh", "reading", "watch", "checkpoint",  # how, not what
 def check(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> tuple[TrainConfig, Mesh]:
     """What can be wrong with a run before it starts; nothing is written.
 
-    A run that has checkpoints needs the weights no more that it began with.
+    A run that has checkpoints needs the weights no more that it began with, unless a LoRA is trained on them.
 
     Raises:
       UserError: as `TrainConfig.of`, a mesh or batch size that can't be, or weights to start from that do not fit.
@@ -52,8 +56,10 @@ def check(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> tuple[T
     rules.check_heads(mesh, run.model.num_heads)
     for _, size in config.get("data", {}).get("batch_sizes", ()):
         rules.check_batch(mesh, size, run.optimizer.accumulate)
-    if run.init_from and not _begun(workdir):
-        check_start(run.init_from, run.model)
+    if run.lora:
+        loras.check(run.lora, run.model)
+    if run.init_from and (run.lora or not _begun(workdir)):
+        check_start(run.init_from, run.model, grow=not run.lora or "img_in" in loras.targets(run.lora, run.model))
     return run, mesh
 
 
@@ -86,7 +92,7 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike, stream: St
       Preempted: SIGTERM reached a process of the run; the step is saved.
     """
     run, mesh = check(config, workdir)
-    with Preemption() as preemption:
+    with Preemption() as preemption, explained(run, stream.batch_sizes, lambda: _plan(run, stream)):
         return _train(run, mesh, config, workdir, stream, until, preemption, held_out, profile, dump_hlo)
 
 
@@ -106,6 +112,8 @@ def _train(run: TrainConfig, mesh: Mesh, config: ml_collections.ConfigDict, work
         if run.init_from:
             processes.say(f"starting from {run.init_from}")
         start, state = 0, program.begin()
+    frozen = program.load_frozen()
+    base = frozen and _agreed(digest(frozen), checkpoints.notes(start).get("base") if restored else None, run)
 
     stream = stream.share(batches.parts_of(mesh), rules.batch_parts(mesh))
     put = functools.partial(batches.to_mesh, mesh)
@@ -113,17 +121,17 @@ def _train(run: TrainConfig, mesh: Mesh, config: ml_collections.ConfigDict, work
     compiled = {}
     if start < stop:
         examples = stream.examples(start, stop)
-        processes.say(_plan(run, stream, examples))
-        compiled = _compile(program, {bucket: put(batch) for bucket, batch in examples.items()})
+        processes.say(_plan(run, stream, examples).line())
+        compiled = _compile(program, {bucket: put(batch) for bucket, batch in examples.items()}, frozen)
     for bucket, step in compiled.items() if dump_hlo else ():
         write_hlo(dump_hlo, f"train_step_{bucket}_tokens", step)
     seconds = {"compile": time.time() - started}
 
     validation = None if held_out is None else Validation(program.setting, run.validation, held_out, mesh,
-                                                          stream.batch_sizes, run.seed)
+                                                          stream.batch_sizes, run.seed, frozen)
     watch = Watch(run, workdir, stream.tasks, start, int(state.skipped), validation)
     profiler = Profiler(workdir, profile, start)
-    exports = Exports(workdir, run.model, run.checkpoint.export_layout)
+    exports = Exports(workdir, run.model, run.checkpoint.layouts, run.checkpoint.export_dtype, bool(run.lora))
     done = start
     bar = tqdm(range(start, stop), initial=start, total=run.steps, unit="step",
                disable=not (sys.stderr.isatty() and processes.is_first()))
@@ -132,7 +140,7 @@ def _train(run: TrainConfig, mesh: Mesh, config: ml_collections.ConfigDict, work
         for step, batch in zip(bar, stream.batches(start, stop, run.reading.threads, run.reading.ahead,
                                                    run.reading.workers), strict=True):
             with profiler.step(step):
-                state, metrics = compiled[batch.bucket](state, put(batch.arrays))
+                state, metrics = compiled[batch.bucket](state, put(batch.arrays), frozen=frozen)
             watch.step(metrics, batch, stream.batch_sizes[batch.bucket])
             done = step + 1
             profiler.after(done, metrics)
@@ -142,10 +150,12 @@ def _train(run: TrainConfig, mesh: Mesh, config: ml_collections.ConfigDict, work
             checkpoints.check()
             if done % run.checkpoint.every == 0 or done == stop or leaving:
                 with watch.meter.aside(state.step):
-                    checkpoints.save(done, state, values.get("validation/loss"), _notes(config, stream, done))
+                    checkpoints.save(done, state, values.get("validation/loss"),
+                                     _notes(config, stream, done) | ({"base": base} if base else {}))
             if run.checkpoint.export_every and (done % run.checkpoint.export_every == 0 or done == stop):
                 with watch.meter.aside(state.step):
-                    exports.save(done, state.params if state.ema is None else state.ema)
+                    trained = state.params if state.ema is None else state.ema
+                    exports.save(done, spread(trained, frozen["scales"]) if frozen else trained)
             if leaving:
                 break
     seconds["train"] = watch.seconds
@@ -173,16 +183,30 @@ def _notes(config: ml_collections.ConfigDict, stream: Stream, step: int) -> dict
                      "digest": getattr(stream.table, "digest", None)}}  # pictures read while training have none
 
 
-def _plan(run: TrainConfig, stream: Stream, examples: dict[int, dict[str, Any]]) -> str:
-    """What the steps need of the devices that are here, in a line."""
+def _agreed(found: str, noted: str | None, run: TrainConfig) -> str:
+    """The digest of a LoRA's base, which must be what a run began with.
+
+    Raises:
+      UserError: it is another.
+    """
+    if noted not in (None, found):
+        raise UserError(f"{run.init_from}: is not the model that this run's LoRA began on (the digest of what stays as "
+                        f"it is was {noted}, now it is {found}); give back the weights that it was started with")
+    return found
+
+
+def _plan(run: TrainConfig, stream: Stream, examples: dict[int, dict[str, Any]] | None = None) -> Plan:
+    """What the steps need of the devices that are here."""
+    examples = examples or stream.examples(0, run.steps)
     text = next(iter(examples.values()))["text"].shape[1]
     buckets = {bucket: stream.batch_sizes[bucket] for bucket in examples}
-    return plan(run, buckets, text, chip_of(jax.devices()[0]), jax.device_count()).line()
+    return plan(run, buckets, text, chip_of(jax.devices()[0]), jax.device_count())
 
 
-def _compile(program: Program, examples: dict[int, dict[str, Any]]) -> dict[int, Callable]:
+def _compile(program: Program, examples: dict[int, dict[str, Any]], frozen: Any) -> dict[int, Callable]:
     """One compiled step for each bucket that the run will meet, made side by side."""
     processes.say(f"compiling the training step for {len(examples)} numbers of tokens ...")
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        lowered = {bucket: program.step.lower(program.state, batch) for bucket, batch in examples.items()}
+        lowered = {bucket: program.step.lower(program.state, batch, frozen=frozen)
+                   for bucket, batch in examples.items()}
         return dict(zip(lowered, pool.map(lambda low: low.compile(), lowered.values()), strict=True))

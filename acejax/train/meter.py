@@ -4,7 +4,7 @@ import contextlib
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -22,18 +22,19 @@ class Meter:
       config: the model.
       devices: how many train, over all processes.
       peak: FLOP/s of a device; None gives no MFU.
+      pairs: of the LoRA that is trained (`acejax.model.flops.low_rank`), where it is one.
     """
 
-    def __init__(self, config: MMDiTConfig, devices: int, peak: float | None):
-        self._config, self._devices, self._peak = config, devices, peak
+    def __init__(self, config: MMDiTConfig, devices: int, peak: float | None, pairs: Mapping[str, int] | None = None):
+        self._config, self._devices, self._peak, self._pairs = config, devices, peak, pairs
         self.seconds = 0.0  # of training, up to the last `read`
         self._begin()
 
     @classmethod
-    def of(cls, config: MMDiTConfig) -> "Meter":
+    def of(cls, config: MMDiTConfig, pairs: Mapping[str, int] | None = None) -> "Meter":
         """For all devices there are."""
         chip = chip_of(jax.devices()[0])
-        return cls(config, jax.device_count(), None if chip is None else chip.flops)
+        return cls(config, jax.device_count(), None if chip is None else chip.flops, pairs)
 
     def add(self, rows: int, text: int, bucket: int, lengths: np.ndarray) -> None:
         """A step of `rows` samples, over all processes, of `text` and `bucket` tokens; `lengths` are the image tokens
@@ -41,7 +42,7 @@ class Meter:
         self._steps += 1
         self._computed += rows * (text + bucket)
         self._real += rows * (text + float(np.mean(lengths)))
-        self._flops += flops.training_step(self._config, text, bucket, rows)
+        self._flops += flops.training_step(self._config, text, bucket, rows, self._pairs)
 
     @contextlib.contextmanager
     def aside(self, running: Any) -> Iterator[None]:

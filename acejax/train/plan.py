@@ -8,11 +8,13 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping
 
+from acejax.adapt.quantize import KINDS
 from acejax.errors import UserError
 from acejax.model import flops
 from acejax.parallel import rules
 from acejax.parallel.chips import Chip
 from acejax.parallel.mesh import AXES, abstract_mesh
+from acejax.train import lora
 from acejax.train.config import TrainConfig
 from acejax.train.plan_memory import Memory, attention_of, memory, state_bytes
 
@@ -150,7 +152,10 @@ def _plan(run: TrainConfig, buckets: Mapping[int, int], text: int, chip: Chip | 
         rules.check_tokens(mesh, "image", image)
         held = memory(run, mesh, samples, image, text, backend)
         once = flops.forward(run.model, text, image, samples)
-        model, hardware = 3 * once.total, 3 * once.total + _recomputed(run, once, text + image)
+        pairs = run.lora and lora.pairs(run.lora, run.model)
+        model = flops.training_step(run.model, text, image, samples, pairs)
+        added = flops.low_rank(pairs, text, image, samples) if pairs and run.execution.remat != "none" else 0
+        hardware = model + added + _recomputed(run, once, text + image)
         step = Step(image, samples, samples * (text + image), attention_of(run.execution.attention, text + image),
                     model, hardware, held)
         if chip is not None:
@@ -173,27 +178,35 @@ def _sent(run: TrainConfig, mesh, samples: int, tokens: int) -> float:
     """Bytes that a device sends in a step, all in the activations' dtype.
 
     Over fsdp, of n devices: each part of a batch gathers the weights for its forward and for its backward pass and
-    reduces the gradients, each (n - 1) / n of them. Over data: a gradient is reduced and told, each once. Over tensor:
-    an activation is summed twice a block, forward, backward and recomputed. Over seq: q, k, v and the result change
-    between tokens and heads.
+    reduces the gradients, each (n - 1) / n of them; what a LoRA is trained on has none. Over data: a gradient is
+    reduced and told, each once. Over tensor: an activation is summed twice a block, forward, backward and recomputed.
+    Over seq: q, k, v and the result change between tokens and heads.
     """
     size = 2 if run.execution.dtype == "bfloat16" else 4
     data, fsdp, tensor, seq = (mesh.shape[axis] for axis in AXES)
     kept = 2 if run.optimizer.param_dtype == "bfloat16" else 4
-    parameters = size * state_bytes(run.model, run.optimizer, abstract_mesh({}, 1))[0] / kept / tensor
+    frozen, trained, _ = state_bytes(run.model, run.lora, run.optimizer, abstract_mesh({}, 1))
+    parameters, frozen = size * trained / kept / tensor, frozen / tensor
     activation = size * samples / (data * fsdp) * tokens / seq * run.model.hidden_size
     blocks, passes = run.model.depth + run.model.depth_single_blocks, 2 if run.execution.remat == "none" else 3
-    return (3 * parameters * run.optimizer.accumulate * (fsdp - 1) / fsdp
+    return ((3 * parameters + 2 * frozen) * run.optimizer.accumulate * (fsdp - 1) / fsdp
             + 2 * parameters / fsdp * (data - 1) / data
             + 2 * 2 * passes * blocks * activation * (tensor - 1) / tensor
             + 4 * passes * blocks * activation / tensor * (seq - 1) / seq)
 
 
-def _advice(run: TrainConfig, found: Plan, buckets: Mapping[int, int]) -> str:
-    """The first change that makes a run fit: alone, with those before it, or on more devices."""
+def remedy(run: TrainConfig, found: Plan, buckets: Mapping[int, int]) -> str:
+    """What would make a run fit whose devices have had too little memory, whatever was planned: a tenth less."""
+    least = min(0.9 * found.largest.memory.total, USABLE * (math.inf if found.chip is None else found.chip.hbm))
+    return _advice(run, found, buckets, least)
+
+
+def _advice(run: TrainConfig, found: Plan, buckets: Mapping[int, int], most: float | None = None) -> str:
+    """The first change that makes a run fit, or take `most` bytes: alone, with those before it, or on more devices."""
     def fits(changed: TrainConfig, devices: int = found.devices, batch: Mapping[int, int] = buckets) -> bool:
         try:
-            return _plan(changed, batch, found.text, found.chip, devices, found.efficiency).fits
+            made = _plan(changed, batch, found.text, found.chip, devices, found.efficiency)
+            return made.fits if most is None else made.largest.memory.total <= most
         except UserError:  # a batch that does not fall into so many parts
             return False
 
@@ -205,8 +218,8 @@ def _advice(run: TrainConfig, found: Plan, buckets: Mapping[int, int]) -> str:
         names[name.partition("=")[0]] = name
         if len(names) > 1 and fits(together):
             return f"{' and '.join(names.values())} make it fit"
-    one_card = dataclasses.replace(run.optimizer, **ONE_CARD)
-    if found.devices == 1 and fits(dataclasses.replace(run, optimizer=one_card)):
+    one_card = dataclasses.replace(run, optimizer=dataclasses.replace(run.optimizer, **ONE_CARD))
+    if found.devices == 1 and run.lora is None and run.execution.remat == "full" and fits(one_card):
         return f"config.optimizer of {', '.join(f'{name}={value}' for name, value in ONE_CARD.items())} makes it fit"
     for power in range(1, 11):
         factor = 2**power
@@ -234,8 +247,11 @@ def _changes(run: TrainConfig, found: Plan, buckets: Mapping[int, int]) -> Itera
         yield f"config.execution.attention={fast}", execution(attention=fast)
     rows = math.gcd(*buckets.values()) // (found.mesh["data"] * found.mesh["fsdp"])
     for parts in (2**power for power in range(1, 11)):
-        if parts > run.optimizer.accumulate and rows % parts == 0:
+        if parts > run.optimizer.accumulate and rows % parts == 0 and not run.optimizer.fused:
             yield f"config.optimizer.accumulate={parts}", optimizer(accumulate=parts)
+    if run.lora and run.lora.base not in KINDS:
+        yield "config.lora.base=int8", lambda run: dataclasses.replace(
+            run, lora=dataclasses.replace(run.lora, base="int8"))
     if found.mesh["fsdp"] < found.devices:
         yield "config.mesh of fsdp alone", lambda run: dataclasses.replace(run, mesh={"fsdp": -1})
     if run.optimizer.ema:

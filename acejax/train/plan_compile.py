@@ -72,10 +72,12 @@ def compile_step(run: TrainConfig, samples: int, image: int, text: int) -> Compi
     program, batch = Program.of(run, mesh, references=1, tasks=8), abstract_batch(run.model, samples, image, text)
     batch = place(batch, dict.fromkeys(batch, rules.batch_sharding(mesh)))
     started = time.perf_counter()
-    compiled = program.step.lower(program.state, batch).compile(OPTIONS if jax.default_backend() == "cpu" else None)
+    lowered = program.step.lower(program.state, batch, frozen=program.frozen)
+    compiled = lowered.compile(OPTIONS if jax.default_backend() == "cpu" else None)
     seconds = time.perf_counter() - started
     memory, hlo = compiled.memory_analysis(), compiled.as_text()
-    params, part = program.state.params, samples // run.optimizer.accumulate
+    params = program.frozen["params"] if program.frozen else program.state.params
+    part = samples // run.optimizer.accumulate
     return Compiled(memory.argument_size_in_bytes, memory.temp_size_in_bytes, seconds, stack_gathers(hlo, params),
                     repeated_reductions(hlo, params, {samples, part, image, text, image + text}))
 

@@ -14,7 +14,8 @@ from acejax.model import attention
 from acejax.model.config import MMDiTConfig
 from acejax.model.mmdit import init
 from acejax.parallel import rules
-from acejax.train.config import OptimizerConfig, TrainConfig
+from acejax.train import lora
+from acejax.train.config import LoraConfig, OptimizerConfig, TrainConfig
 from acejax.train.optimizer import make_optimizer
 from acejax.train.plan_compile import abstract_batch
 
@@ -82,6 +83,7 @@ class Memory:
     """Bytes of one device.
 
     Attributes:
+      frozen: the model that a LoRA is trained on.
       parameters, optimizer, average, batch: what the step is given: parameters, moments, float32 EMA, features.
       gradients: of all parameters, and a float32 sum where parts of a batch are added up; of one block, and of what is
         in none, in a fused step.
@@ -94,6 +96,7 @@ class Memory:
       reserve: see Backend.
     """
 
+    frozen: float
     parameters: float
     optimizer: float
     average: float
@@ -108,7 +111,7 @@ class Memory:
 
     @property
     def arguments(self) -> float:
-        return self.parameters + self.optimizer + self.average + self.batch
+        return self.frozen + self.parameters + self.optimizer + self.average + self.batch
 
     @property
     def temporaries(self) -> float:
@@ -131,7 +134,7 @@ def memory(run: TrainConfig, mesh: AbstractMesh, samples: int, image: int, text:
     """
     model, dtype, held = run.model, jnp.dtype(run.execution.dtype), BACKENDS[backend]
     tensor, seq, accumulate = mesh.shape["tensor"], mesh.shape["seq"], run.optimizer.accumulate
-    parameters, optimizer = state_bytes(model, run.optimizer, mesh)
+    frozen, parameters, optimizer = state_bytes(model, run.lora, run.optimizer, mesh)
     local = samples / rules.batch_parts(mesh, accumulate)
     tokens = image + text
     array = local * tokens / seq * model.hidden_size * dtype.itemsize
@@ -153,7 +156,7 @@ def memory(run: TrainConfig, mesh: AbstractMesh, samples: int, image: int, text:
     updating = {"muon": max(MUON * parameters - backward, 0.0),
                 "adafactor": run.optimizer.fused * 4.0 * 6 * model.hidden_size**2}  # the largest kernel's, in float32
     return Memory(
-        parameters=parameters, optimizer=optimizer, average=summed if run.optimizer.ema else 0.0,
+        frozen=frozen, parameters=parameters, optimizer=optimizer, average=summed if run.optimizer.ema else 0.0,
         batch=sum(leaf.size * leaf.dtype.itemsize for leaf in batch.values()) * samples / rules.batch_parts(mesh),
         gradients=gradients, saved=saved, working=working, gathered=gathered, vectors=vectors,
         updating=updating.get(run.optimizer.name, 0.0), reserve=held.reserve)
@@ -173,12 +176,17 @@ def attention_of(name: str, tokens: int) -> str:
 
 
 @functools.lru_cache(maxsize=32)
-def state_bytes(model: MMDiTConfig, config: OptimizerConfig, mesh: AbstractMesh) -> tuple[float, float]:
-    """Bytes of one device: parameters, and the optimizer's state, by the rules of `acejax.parallel.rules`."""
-    params = jax.eval_shape(functools.partial(init, model), jax.random.key(0))
+def state_bytes(model: MMDiTConfig, adapter: LoraConfig | None, config: OptimizerConfig, mesh: AbstractMesh
+                ) -> tuple[float, float, float]:
+    """Bytes of one device: a LoRA's base, what is trained, and the optimizer's state, by the rules of
+    `acejax.parallel.rules`."""
+    frozen, params = {}, jax.eval_shape(functools.partial(init, model), jax.random.key(0))
+    if adapter:
+        params, scales = lora.shapes(adapter, model)
+        frozen = lora.base_shapes(adapter, model) | {"scales": scales}
     params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(config.param_dtype)), params)
     state = jax.eval_shape(make_optimizer(config, 1).init, params)
-    return _bytes(params, mesh), _bytes(state, mesh)
+    return _bytes(frozen, mesh), _bytes(params, mesh), _bytes(state, mesh)
 
 
 def _bytes(tree: Any, mesh: AbstractMesh) -> float:

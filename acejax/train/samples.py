@@ -15,7 +15,7 @@ from acejax.data.stream import Row
 from acejax.model.mmdit import apply
 from acejax.train.grid import Line, draw
 from acejax.train.held import Held
-from acejax.train.step import Batch, StepConfig, tokens
+from acejax.train.step import Batch, StepConfig, tokens, whole
 
 Decode = Callable[[np.ndarray], np.ndarray]  # latents [h, w, 16] -> picture [8h, 8w, 3] uint8
 BEST = 100.0  # dB, of pictures that are equal
@@ -34,11 +34,12 @@ class Samples:
       mesh: of the parameters.
       decode: latents to a picture, in process 0 alone.
       prompt: a sample's, from its index in the whole table.
+      frozen: what a LoRA is trained on (`acejax.train.step.whole`).
     """
 
     def __init__(self, setting: StepConfig, held: Held, count: int, steps: int, guidance: float, mesh: Mesh,
-                 decode: Decode, prompt: Callable[[int], str] = lambda index: ""):
-        self._held, self._decode, self._steps, self._prompt = held, decode, steps, prompt
+                 decode: Decode, prompt: Callable[[int], str] = lambda index: "", frozen: Any = None):
+        self._held, self._decode, self._steps, self._prompt, self._frozen = held, decode, steps, prompt, frozen
         task = held.table.task
         self._chosen = [int(sample) for number in range(len(held.table.tasks))
                         for sample in np.flatnonzero(task == number)[:count]]
@@ -56,7 +57,7 @@ class Samples:
         for batch in self._batches:
             sigmas = np.stack([np.asarray(flow.schedule(self._steps, int(self._held.table.tokens[sample])))
                                for sample in batch.samples])
-            latents = self._run(params, self._held.feed(batch, {"sigmas": sigmas}))
+            latents = self._run(params, self._held.feed(batch, {"sigmas": sigmas}), self._frozen)
             made |= dict(zip(batch.samples, np.asarray(latents), strict=False))
         if jax.process_index():
             return {}, None
@@ -112,10 +113,13 @@ def _unfold(folded: np.ndarray) -> np.ndarray:
     return cells.reshape(height * lcu.CELL, width * lcu.CELL)
 
 
-def _sample(params: Any, batch: Batch, *, setting: StepConfig, guidance: float) -> jax.Array:
+def _sample(params: Any, batch: Batch, frozen: Any, *, setting: StepConfig, guidance: float) -> jax.Array:
     """Latents [B, S, 64] of the whole canvas; a row has `sigmas` [steps + 1] of its own, by its number of tokens."""
+    trees = whole(params, frozen)
+
     def velocity(latents: jax.Array, sigma: jax.Array) -> jax.Array:
         seen = tokens(setting.config, batch, latents, sigma[:, 0, 0], guidance)
-        return apply(setting.config, params, seen, execution=setting.execution).astype(jnp.float32)
+        made = apply(setting.config, tokens=seen, execution=setting.execution, **trees)
+        return made.astype(jnp.float32)
 
     return flow.euler(velocity, batch["noise"], batch["sigmas"].T[..., None, None])

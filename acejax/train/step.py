@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from acejax import flow, lcu
+from acejax.adapt.lora import spread
 from acejax.model.config import Execution, MMDiTConfig
 from acejax.model.mmdit import Tokens, apply, init
 from acejax.train.adafactor import Adafactor, keys
@@ -24,7 +25,7 @@ class TrainState:
 
     Attributes:
       step: steps done, skipped ones too.
-      params: what is trained.
+      params: what is trained: the model's parameters, or a LoRA's factors (`acejax.adapt.lora.tie`).
       opt_state: the optimizer's.
       ema: their average over time in float32, or None.
       skipped: steps that changed nothing, as their loss or gradient was not finite.
@@ -72,14 +73,24 @@ def init_state(setting: StepConfig, optimizer: Optimizer, params: Any = None) ->
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema, jnp.zeros((), jnp.int32))
 
 
-def velocity_errors(params: Any, setting: StepConfig, batch: Batch, noise: jax.Array, sigma: jax.Array
-                    ) -> tuple[jax.Array, jax.Array]:
+def whole(params: Any, frozen: Any = None) -> dict[str, Any]:
+    """The trees that `acejax.apply` takes, by keyword: all is trained, or a LoRA's factors on a frozen base
+    (`acejax.train.lora`)."""
+    if frozen is None:
+        return {"params": params}
+    return {name: frozen[name] for name in ("params", "quant") if name in frozen} | {
+        "lora": spread(params, frozen["scales"])}
+
+
+def velocity_errors(params: Any, setting: StepConfig, batch: Batch, noise: jax.Array, sigma: jax.Array,
+                    frozen: Any = None) -> tuple[jax.Array, jax.Array]:
     """`acejax.flow.errors` of a batch (`acejax.data.stream.Batch`): [B, references + 1] errors and weights.
 
     `noise` is [B, S, 64] and `sigma` [B]; guidance is 1, as ACE++ trains. A model of 64 channels sees the noisy latents
-    alone: text to image.
+    alone: text to image. `frozen` is as `whole` says.
     """
-    velocity = apply(setting.config, params, noisy_tokens(setting, batch, noise, sigma), execution=setting.execution)
+    velocity = apply(setting.config, tokens=noisy_tokens(setting, batch, noise, sigma), execution=setting.execution,
+                     **whole(params, frozen))
     return errors_of(velocity, setting, batch, noise)
 
 
@@ -140,19 +151,20 @@ def average(setting: StepConfig, state: TrainState, params: Any) -> Any:
     return jax.tree.map(lambda mean, leaf: decay * mean + (1 - decay) * leaf.astype(jnp.float32), state.ema, params)
 
 
-def train_step(state: TrainState, batch: Batch, setting: StepConfig, optimizer: Optimizer
+def train_step(state: TrainState, batch: Batch, setting: StepConfig, optimizer: Optimizer, frozen: Any = None
                ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One update, at noise and noise levels that the seed and the step decide.
 
-    A loss or gradient that is not finite leaves parameters, optimizer and average as they were. An optimizer of optax
-    may take the step as an extra argument (`acejax.train.optimizer`).
+    The gradient is that of `state.params` alone: `frozen` (as `whole` says) has none, and no moments. A loss or
+    gradient that is not finite leaves parameters, optimizer and average as they were. An optimizer of optax may take
+    the step as an extra argument (`acejax.train.optimizer`).
 
     Returns:
       The next state, and metrics: `loss` and its parts (`loss_parts`), `gradient_norm` before clipping, `skipped` (0
       or 1).
     """
     noise, sigma = draw(setting, state.step, batch)
-    gradient, errors, weights = _gradient(state.params, setting, batch, noise, sigma)
+    gradient, errors, weights = _gradient(state.params, setting, batch, noise, sigma, frozen)
     loss, parts = loss_parts(setting, batch, sigma, errors, weights)
     norm = optax.tree.norm(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), gradient))
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
@@ -177,14 +189,14 @@ def train_step(state: TrainState, batch: Batch, setting: StepConfig, optimizer: 
     return TrainState(state.step + 1, *changed, state.skipped + skipped), metrics
 
 
-def _gradient(params: Any, setting: StepConfig, batch: Batch, noise: jax.Array, sigma: jax.Array
+def _gradient(params: Any, setting: StepConfig, batch: Batch, noise: jax.Array, sigma: jax.Array, frozen: Any = None
               ) -> tuple[Any, jax.Array, jax.Array]:
     """The gradient of the loss in float32 (or the parameters' dtype, without accumulation), errors and weights."""
     total = total_weight(setting, batch)
 
     def part(carry, xs):
         def loss(params):
-            errors, weights = velocity_errors(params, setting, *xs)
+            errors, weights = velocity_errors(params, setting, *xs, frozen=frozen)
             return errors.sum() / total, (errors, weights)
 
         gradient, sums = jax.grad(loss, has_aux=True)(params)

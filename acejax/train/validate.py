@@ -28,10 +28,11 @@ class Losses:
       held: the samples.
       sigmas: noise levels, each of which every sample is seen at.
       mesh: of the parameters.
+      frozen: what a LoRA is trained on (`acejax.train.step.whole`).
     """
 
-    def __init__(self, setting: StepConfig, held: Held, sigmas: Sequence[float], mesh: Mesh):
-        self._held, self._sigmas = held, tuple(sigmas)
+    def __init__(self, setting: StepConfig, held: Held, sigmas: Sequence[float], mesh: Mesh, frozen: Any = None):
+        self._held, self._sigmas, self._frozen = held, tuple(sigmas), frozen
         self._batches = held.batches(range(len(held.table)))
         self._run = jax.jit(functools.partial(_errors, setting=setting, sigmas=self._sigmas),
                             out_shardings=NamedSharding(mesh, PartitionSpec()))  # every process sees all of it
@@ -43,7 +44,7 @@ class Losses:
         table = self._held.table
         made: list[tuple[jax.Array, jax.Array]] = []
         for batch in self._batches:
-            made.append(self._run(params, self._held.feed(batch)))
+            made.append(self._run(params, self._held.feed(batch), self._frozen))
             jax.block_until_ready(made[-2:-1])  # the next batch is read while this one is computed, but no further
         units = made[0][1].shape[-1]
         errors, counts = np.zeros((len(self._sigmas), len(table), units)), np.zeros((len(table), units))
@@ -62,11 +63,11 @@ class Losses:
         return {f"validation/{name}": value for name, value in values.items() if value is not None}
 
 
-def _errors(params: Any, batch: Batch, *, setting: StepConfig, sigmas: tuple[float, ...]
+def _errors(params: Any, batch: Batch, frozen: Any, *, setting: StepConfig, sigmas: tuple[float, ...]
             ) -> tuple[jax.Array, jax.Array]:
     """Squared errors [sigmas, B, units] of a batch with `noise`, and the weights [B, units] that they have."""
     def at(sigma: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return velocity_errors(params, setting, batch, batch["noise"], jnp.full(batch["lengths"].shape, sigma))
+        return velocity_errors(params, setting, batch, batch["noise"], jnp.full(batch["lengths"].shape, sigma), frozen)
 
     errors, counts = jax.lax.map(at, jnp.array(sigmas, jnp.float32))  # one level at a time: one level's memory
     return errors, counts[0]
@@ -97,17 +98,19 @@ class Validation:
       mesh: of the parameters.
       batch_sizes: of training, by bucket.
       seed: of noise and draws.
+      frozen: what a LoRA is trained on (`acejax.train.step.whole`).
     """
 
     def __init__(self, setting: StepConfig, config: ValidationConfig, held_out: HeldOut, mesh: Mesh,
-                 batch_sizes: Mapping[int, int], seed: int):
+                 batch_sizes: Mapping[int, int], seed: int, frozen: Any = None):
         most = int(held_out.table.references.max())  # training may have fewer
         setting = dataclasses.replace(setting, references=max(setting.references, most))
         parts = {bucket: size // setting.accumulate for bucket, size in batch_sizes.items()}  # what training computes
         held = Held(held_out.table, mesh, parts, seed)
-        self.losses = Losses(setting, held, config.sigmas, mesh)
+        self.losses = Losses(setting, held, config.sigmas, mesh, frozen)
         self._samples = None if held_out.decode is None else Samples(
-            setting, held, config.grid, config.steps, config.guidance, mesh, held_out.decode, held_out.prompt)
+            setting, held, config.grid, config.steps, config.guidance, mesh, held_out.decode, held_out.prompt,
+            frozen)
 
     def samples(self, params: Any) -> tuple[dict[str, float], np.ndarray | None]:
         """As `Samples`; ({}, None) without a decoder."""

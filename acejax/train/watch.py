@@ -7,6 +7,7 @@ import jax
 from etils import epath
 
 from acejax.data.stream import Batch
+from acejax.train import lora
 from acejax.train.bad_steps import BadSteps
 from acejax.train.config import TrainConfig
 from acejax.train.meter import Meter, memory
@@ -35,7 +36,8 @@ class Watch:
     def __init__(self, run: TrainConfig, workdir: epath.PathLike, tasks: Sequence[str], start: int = 0,
                  skipped: int = 0, validation: Validation | None = None):
         self._run, self._tasks, self._validation = run, tasks, validation
-        self._writer, self.meter = Writer(workdir, start), Meter.of(run.model)
+        self._writer = Writer(workdir, start)
+        self.meter = Meter.of(run.model, run.lora and lora.pairs(run.lora, run.model))
         self._bad = BadSteps(run.watch.bad_steps, tasks, skipped)
         self._rate = jax.jit(learning_rate(run.optimizer, run.steps))
         self._waiting: list[dict[str, jax.Array]] = []

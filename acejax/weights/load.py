@@ -2,7 +2,7 @@
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -60,16 +60,26 @@ def load_clip(path: Path, config: CLIPConfig | None = None, mesh: Mesh | None = 
     return load(open_model(path, CLIPConfig, config), mesh, dtype)
 
 
-def load(model: Model, mesh: Mesh | None = None, dtype: Any = None) -> tuple[Config, Any]:
-    """The parameters of a model that is open; see `load_mmdit`."""
-    shapes = keymaps.leaf_shapes(model.config)
-    placement = _placement(shapes, mesh)
-    get = model.tensors.__getitem__
-    leaves = {}
+def load(model: Model, mesh: Mesh | None = None, dtype: Any = None,
+         each: Callable[[str, jax.Array], dict[str, jax.Array]] | None = None) -> tuple[Config, Any]:
+    """The parameters of a model that is open; see `load_mmdit`.
+
+    `each` gives what shall stand in a leaf's place, from its path: a model that is quantised is never there twice.
+    """
+    placement = _placement(keymaps.leaf_shapes(model.config), mesh)
+    held = {}
+    for path, shape, read in leaves(model, dtype):
+        leaf = put(shape, read, placement[path])
+        held |= {path: leaf} if each is None else each(path, leaf)
+    return model.config, unflatten_dict(held, sep="/")
+
+
+def leaves(model: Model, dtype: Any = None) -> Iterator[tuple[str, layout.Shape, Callable[..., np.ndarray]]]:
+    """(path, shape, read) of each leaf of a model that is open; `read` as for `put`, `dtype` as for `load_mmdit`."""
+    shapes, get = keymaps.leaf_shapes(model.config), model.tensors.__getitem__
     for path, copies in layout.grouped(keymaps.plan_for(model.config, model.layout), "path").items():
-        read = functools.partial(layout.leaf, copies, shapes[path], get, dtype or layout.dtype_of(copies, get))
-        leaves[path] = put(shapes[path], read, placement[path])
-    return model.config, unflatten_dict(leaves, sep="/")
+        stored = dtype or layout.dtype_of(copies, get)
+        yield path, shapes[path], functools.partial(layout.leaf, copies, shapes[path], get, stored)
 
 
 def _placement(shapes: dict[str, layout.Shape], mesh: Mesh | None) -> dict[str, NamedSharding | None]:

@@ -12,7 +12,7 @@ from acejax.train import decode, loop
 from tests.train.small import Table
 
 LINE = ["train", "--config=ace_plus_stage2.py", "--config.init_from=", "--config.model.depth=1",
-        "--config.mesh.fsdp=1", "--cpu_devices=1"]
+        "--config.mesh.fsdp=1", "--cpu_devices=1", "--config.data.batch_tokens=8192"]
 
 UNJUDGED = ("--config.validation.every=0", "--config.validation.grid_every=0")
 
@@ -59,7 +59,12 @@ def test_where_things_lie_may_change_between_runs(train, capsys):
 
 def test_the_share_of_broken_samples_is_the_configs(train):
     assert train.run("--config.data.max_broken=0.25") == 0
-    assert train.streams[0]._max_broken == 0.25 and train.streams[0].batch_sizes == {256: 256}
+    assert train.streams[0]._max_broken == 0.25 and train.streams[0].batch_sizes == {256: 32}
+
+
+def test_fewer_samples_than_a_batch_has_are_told(train, capsys):
+    assert train.run("--config.data.batch_tokens=65536") == 2 and not train.streams
+    assert "stage 1 has 144 samples, fewer than a batch: 256 of 256 tokens; expected more" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flag, message", [

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from acejax import UserError, load_autoencoder, load_clip, load_t5
 from acejax.cli.main import main
 from acejax.data import encoders as encoders_file
-from acejax.data import latents, prepare
+from acejax.data import hashes, latents, prepare
 from acejax.data.cache import tiles
 from acejax.data.cache.build import CacheConfig, build, settings
 from acejax.data.cache.survey import Recipe
@@ -164,7 +164,7 @@ def test_weights_are_hashed_once_for_a_cache(config, tmp_path, monkeypatch):
     notes = tmp_path / "cache" / "weights.json"
     first = Encoders.load(config, notes=notes)
     assert len(json.loads(notes.read_text())) == 3
-    monkeypatch.setattr(encoders_file, "BLOCK", None)  # so that nothing can be hashed
+    monkeypatch.setattr(hashes, "BLOCK", None)  # so that nothing can be hashed
     assert Encoders.load(config, notes=notes).picture_id == first.picture_id
     monkeypatch.undo()
     notes.write_text("[torn")

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from acejax import UserError
-from acejax.demo import pictures, scores, surroundings
+from acejax.demo import autoencoder, pictures, scores, surroundings
 from acejax.demo.pictures import COLORS, HELD_PAIRS, PHOTOS, SHAPES, SIZE, TASKS, TEST_PHOTO, Thing, paint, samples
 
 
@@ -14,7 +14,7 @@ def test_samples_are_fixed_by_their_seed_and_fit_their_task(task):
     for sample in one:
         assert sample.target.shape == (SIZE, SIZE, 3) and sample.target.dtype == np.uint8
         assert (sample.image is None) == (task == "text")
-        assert (sample.mask is None) == (task in ("text", "instruct"))
+        assert (sample.mask is None) == (task in ("text", "instruct") or sample.prompt.startswith("remove the"))
         assert len(sample.references) == {"reference": 1, "two_references": 2}.get(task, 0)
         if sample.mask is not None:  # what changes lies inside the mask
             np.testing.assert_array_equal(sample.target[sample.mask == 0], sample.image[sample.mask == 0])
@@ -25,9 +25,10 @@ def test_samples_are_fixed_by_their_seed_and_fit_their_task(task):
 def test_held_out_pairs_and_the_test_photo_are_never_trained_on(monkeypatch):
     taken = set()
     photo = pictures.photo
-    monkeypatch.setattr(pictures, "photo", lambda name: taken.add(name) or photo(name))
+    monkeypatch.setattr(pictures, "photo", lambda name, *how: taken.add(name) or photo(name, *how))
     shown = {(thing.shape, thing.color)
-             for task in TASKS for sample in samples(150, task, 0) for thing in sample.things}
+             for task in TASKS for split, count in (("train", 150), ("validation", 20))
+             for sample in samples(count, task, 0, split) for thing in sample.things}
     assert taken == set(PHOTOS) - {TEST_PHOTO}
     assert not shown & HELD_PAIRS and len(shown) == len(SHAPES) * len(COLORS) - len(HELD_PAIRS)
     for task in TASKS:
@@ -42,8 +43,12 @@ def test_the_scores_read_what_is_painted():
     for task in TASKS:
         for sample in samples(40, task, 7, "test"):
             for thing in sample.things:
-                assert scores.color_of(sample.target, thing) == thing.color
-                assert scores.shape_of(sample.target, thing) == thing.shape
+                shown = sample.image if task == "remove" else sample.target
+                assert scores.color_of(shown, thing) == thing.color
+                assert scores.shape_of(shown, thing) == thing.shape
+                if task == "remove":
+                    assert scores.is_gone(sample.target, sample.image, sample.target, thing)
+                    assert not scores.is_gone(sample.image, sample.image, sample.target, thing)
     background = next(samples(1, "insert", 0, "test")).image
     things = [Thing(shape, color, (16, 16, 32)) for shape in SHAPES for color in COLORS]
     assert np.mean([scores.color_of(background, thing) == thing.color for thing in things]) <= 0.2
@@ -62,11 +67,32 @@ def test_psnr():
 def test_the_autoencoder_has_the_shape_of_fluxs_and_keeps_the_picture():
     train = np.stack([s.target for s in samples(150, "insert", 0)]).astype(np.float32) / 127.5 - 1
     test = np.stack([s.target for s in samples(20, "insert", 1)]).astype(np.float32) / 127.5 - 1
-    params = surroundings.fit_autoencoder(train)
-    latents = surroundings.encode_pictures(params, test)
+    params = autoencoder.fit_linear(train)
+    latents = autoencoder.encode_pictures(params, test)
     assert latents.shape == (20, 8, 8, 16)
-    decoded = surroundings.decode_latents(params, latents)
+    decoded = autoencoder.decode_latents(params, latents)
     assert decoded.shape == test.shape and 10 * np.log10(4 / np.mean((decoded - test) ** 2)) > 21
+
+
+def test_the_finer_autoencoder_begins_as_the_linear_one_and_learns():
+    train, test = (np.stack([s.target for s in samples(60, "insert", seed, size=80)]) for seed in (0, 1))
+
+    def error(params):
+        latents = autoencoder.encode_pictures(params, test.astype(np.float32) / 127.5 - 1)
+        assert latents.shape == (60, 10, 10, 16) and 0.5 < np.var(latents, (0, 1, 2)).mean() < 2
+        return np.mean(((autoencoder.decode_latents(params, latents) + 1) * 127.5 - test) ** 2)
+
+    linear = error(autoencoder.fit(autoencoder.FitConfig(), train))
+    config = autoencoder.FitConfig("convolutional", width=16, steps=60, learning_rate=3e-3, noise=0.05)
+    again, finer = (autoencoder.fit(config, train) for _ in range(2))
+    assert error(finer) < linear and autoencoder.kind_of(finer) == "convolutional"
+    assert all(np.array_equal(finer[name], again[name]) for name in finer), "a seed fixes it"
+
+
+@pytest.mark.parametrize("field", [{"kind": "deep"}, {"steps": 0}, {"noise": -1.0}])
+def test_an_autoencoder_that_cannot_be_is_refused(field):
+    with pytest.raises(UserError, match=f"autoencoder.{next(iter(field))} is .*; expected"):
+        autoencoder.FitConfig(**field)
 
 
 def test_every_prompt_can_be_read_and_words_are_told_apart():

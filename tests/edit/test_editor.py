@@ -3,47 +3,182 @@
 import numpy as np
 import pytest
 
+from acejax import MMDiTConfig, UserError
 from acejax.data.layout import CanvasConfig
+from acejax.demo.tasks import TASKS as SMALL
 from acejax.edit.editor import Editor
+from acejax.edit.profile import Profile
+from acejax.edit.request import Options, Request
+from tests.counts import count
 
 RNG = np.random.default_rng(0)
+FLUX = Profile.of(MMDiTConfig.ace_plus_fft())
+FILL = Profile.of(MMDiTConfig.ace_plus_lora())
+SMALLEST = Profile("small weights", SMALL, CanvasConfig(editing_height=1.0), 8, None, 64)
 
 
 class White(Editor):
     """Everything becomes white; `canvases` is what the model would have been given."""
 
-    def __init__(self, canvas: CanvasConfig | None = None):
-        super().__init__(None, None, None, None, None, **({} if canvas is None else {"canvas": canvas}))
-        self.canvases = []
+    def __init__(self, profile=FLUX, **more):
+        super().__init__(profile, None, None, None, lambda prompts: (np.zeros((len(prompts), 1, 1)),) * 2, **more)
+        self.canvases, self.batches = [], []
 
-    def generate(self, canvases, prompts, seed=0):
+    def generate(self, canvases, text, seeds, steps, guidance):
         self.canvases += canvases
-        return [np.full((len(canvas.mask), canvas.widths[-1], 3), 255, np.uint8) for canvas in canvases]
+        self.batches.append(list(seeds))
+        assert len({(canvas.mask.shape, canvas.widths) for canvas in canvases}) == 1 and len(text[0]) == len(canvases)
+        widths = (sum(canvas.widths) if canvas.joined else canvas.widths[-1] for canvas in canvases)
+        return [np.full((len(canvas.mask), width, 3), 255, np.uint8)
+                for canvas, width in zip(canvases, widths, strict=True)]
+
+
+def picture(*size):
+    return RNG.integers(0, 200, (*size, 3)).astype(np.uint8)
 
 
 @pytest.mark.parametrize("size, middle", [
     ((100, 100), np.s_[:, :]), ((64, 48), np.s_[:, :]), ((40, 320), np.s_[:, 80:240]), ((320, 40), np.s_[80:240, :])])
-def test_an_edit_of_any_size(size, middle):
-    image = RNG.integers(0, 200, (*size, 3)).astype(np.uint8)
-    mask = RNG.integers(0, 2, size).astype(np.uint8) * 255
-    before, expected = image.copy(), image.copy()
-    expected[middle] = np.where(mask[middle][..., None] > 0, 255, image[middle])
-    np.testing.assert_array_equal(White()("x", image, mask), expected)
+def test_an_edit_without_a_mask_changes_what_is_seen(size, middle):
+    image = picture(*size)
+    expected = image.copy()
     expected[middle] = 255
-    np.testing.assert_array_equal(White()("x", image), expected)
-    np.testing.assert_array_equal(image, before)
+    np.testing.assert_array_equal(White()(None, "x", image=image), expected)
+
+
+def test_random_sizes_masks_and_references():
+    """The result has the picture's size, pixels outside the mask are equal, and no reference is seen in it."""
+    rng = np.random.default_rng(2)
+    for _ in range(count(60, 500)):
+        short = int(rng.integers(32, count(300, 1500)))
+        size = (short, int(min(4000, short * rng.uniform(1, 8))))[::rng.choice([1, -1])]
+        image, mask = picture(*size), np.zeros(size, np.uint8)
+        top, left = (int(rng.integers(0, side - 1)) for side in size)
+        mask[top:top + int(rng.integers(1, size[0])), left:left + int(rng.integers(1, size[1]))] = 255
+        references = tuple(picture(*rng.integers(32, 300, 2)) // 2 for _ in range(rng.integers(0, 5)))
+        profile = (FLUX, FILL)[rng.integers(2)]
+        before = image.copy()
+        editor = White(profile)
+        crop = ("auto", "mask", "none")[rng.integers(3)]
+        (result,) = editor.edit([Request("x", "repainting", image, mask, references)], Options(crop=crop))
+        assert result.picture.shape == image.shape
+        np.testing.assert_array_equal(result.picture[mask == 0], image[mask == 0])
+        np.testing.assert_array_equal(image, before)
+        window = result.window
+        seen = mask[window.top:window.top + window.height, window.left:window.left + window.width]
+        assert crop == "none" or (seen > 0).sum() == (mask > 0).sum(), "the window holds the whole mask"
+        canvas = editor.canvases[0]
+        assert sum(canvas.widths) == canvas.mask.shape[1] and all(width % 16 == 0 for width in canvas.widths)
+        assert len(canvas.widths) == 1 + len(references) and not canvas.mask[:, :-canvas.widths[-1]].any()
+
+
+def test_raw_results_show_the_whole_window():
+    image, mask = picture(100, 100), np.zeros((100, 100), np.uint8)
+    mask[40:60, 40:60] = 255
+    (result,) = White().edit([Request("x", None, image, mask)], Options(paste="off"))
+    assert (result.picture == 255).all()
+    assert result.drift == pytest.approx(np.abs(255.0 - image[mask == 0]).mean())
+
+
+def test_equal_shapes_are_made_at_once_and_come_back_in_order():
+    small, large = picture(64, 64), picture(96, 64)
+    editor = White(batch=2)
+    requests = [Request("x", None, image, seed=seed) for seed, image in enumerate((small, large, small, small, large))]
+    results = editor.edit(requests)
+    assert editor.batches == [[0, 2], [3], [1, 4]]
+    assert [result.picture.shape[0] for result in results] == [64, 96, 64, 64, 96]
+
+
+def test_a_picture_beyond_the_budget_is_worked_on_around_its_mask():
+    image, mask = picture(1500, 2000), np.zeros((1500, 2000), np.uint8)
+    mask[700:800, 900:1000] = 255
+    editor = White()
+    (result,) = editor.edit([Request("x", None, image, mask)])
+    assert (result.window.height, result.window.width) == (200, 200) and editor.canvases[0].mask.shape == (800, 800)
+    (result,) = editor.edit([Request("x", None, image, mask)], Options(crop="none"))
+    assert (result.window.height, result.window.width) == (1500, 2000)
+    assert editor.canvases[1].mask.size <= 1024 * 1024
+    (result,) = editor.edit([Request("x", None, image[:600, :600], mask[200:800, 500:1100])])
+    assert (result.window.height, result.window.width) == (600, 600), "what fits is seen whole"
 
 
 def test_a_result_without_a_picture_has_the_size_that_was_asked_for():
-    assert White()("x", size=(100, 90)).shape == (100, 90, 3)
-    assert White()("x", size=(40, 320)).shape == (40, 160, 3)
+    assert White()(None, "x", size=(100, 90)).shape == (100, 90, 3)
+    assert White()(None, "x").shape == (1024, 1024, 3)
 
 
-def test_the_canvas_is_the_one_that_was_given():
-    image = np.zeros((256, 256, 3), np.uint8)
-    editor = White(CanvasConfig(max_tokens=64, editing_height=0.5))
-    assert editor("x", image, None, [image]).shape == (256, 256, 3)
-    assert editor.canvases[0].mask.shape == (128, 64 + 128)
-    plain = White()
-    plain("x", image, None, [image])
-    assert plain.canvases[0].mask.shape == (256, 512)
+def test_outpainting_puts_the_picture_in_the_middle():
+    image = picture(100, 80)
+    editor = White()
+    made = editor("outpaint", "", image=image, size=(200, 100))
+    assert made.shape == (200, 100, 3)
+    np.testing.assert_array_equal(made[50:150, 10:90], image)
+    mask = editor.canvases[0].mask
+    assert (made[0] == 255).all() and mask[:48].all() and not mask[64:128, 32:64].any()
+
+
+def test_super_resolution_shows_the_enlarged_picture():
+    image = picture(60, 80)
+    editor = White()
+    assert editor("super_resolution", "", image=image).shape == (120, 160, 3)
+    assert editor.canvases[0].scale == 0 and editor.canvases[0].mask.all()
+    assert editor.canvases[0].source.shape[:2] == (112, 160)
+
+
+def test_the_small_weights_see_squares_and_boxes():
+    image, mask = picture(300, 500), np.zeros((300, 500), np.uint8)
+    mask[100:150, 200:250] = 255
+    mask[100, 200] = 0
+    editor = White(SMALLEST)
+    result = editor(None, "a red heart", image=image, mask=mask)
+    np.testing.assert_array_equal(result[mask == 0], image[mask == 0])
+    canvas = editor.canvases[0]
+    assert canvas.source.shape == (64, 64, 3) and canvas.mask.sum() == 255 * 32 * 32 and canvas.scale == 1
+    editor(None, "make it blue", image=image, mask=mask)
+    assert editor.canvases[1].scale == 0
+    editor(None, "this star", image=image, mask=mask, references=[picture(50, 90)])
+    assert editor.canvases[2].widths == (64, 64)
+
+
+def test_parity_hands_out_what_the_released_code_does():
+    """Beside a reference the first 30 columns go and the rest is stretched; alone it stays on the 16-pixel grid."""
+    editor = White(Profile.of(MMDiTConfig.ace_plus_lora(), "reference"))
+    image = picture(100, 90)
+    assert editor(None, "x", image=image).shape == (96, 80, 3)
+    columns = np.arange(96 + 80)[None, :, None].repeat(96, 0).repeat(3, 2).astype(np.uint8)
+    editor.generate = lambda canvases, *_: [columns[:, :sum(canvas.widths)] for canvas in canvases]
+    (result,) = editor.edit([Request("x", None, image, references=(picture(50, 50),))])
+    assert result.picture.shape == (100, 90, 3) and result.tokens == 6 * 11
+    assert result.picture[0, 0, 0] == pytest.approx(96 + 30, abs=1)
+
+
+@pytest.mark.parametrize("request_, message", [
+    (dict(task="nosuch"), "unknown task 'nosuch'; the tasks are repainting"),
+    (dict(task="repainting", image=1), r"repainting \(paint something new inside the mask\): it needs a mask; given"),
+    (dict(task="portrait", prompt="x"), "it needs 1 reference; given: no picture"),
+    (dict(image=1, mask=1), "task repainting .* the prompt is empty"),
+    (dict(prompt="x", mask=1), "no task takes a mask"),
+    (dict(prompt="x", image=1, scale=2.0), r"scale is 2.0; expected 0 to 1"),
+    (dict(prompt="x", image=1, size=(9, 9)), "task no_preprocess gives the picture's own size"),
+    (dict(prompt="x", size=(10, 100)), "at most 4:1"),
+    (dict(task="super_resolution", image=1, size=(2000, 2000)), "at most 1.05 megapixels at once"),
+    (dict(task="outpaint", image=1, size=(20, 20)), "expects a larger one than the picture's, 64 x 64"),
+])
+def test_mistakes(request_, message):
+    made = {"image": picture(64, 64), "mask": np.full((64, 64), 255, np.uint8)}
+    request_ = {name: made.get(name, value) for name, value in request_.items()}
+    editor = White()
+    with pytest.raises(UserError, match=message):
+        editor.edit([Request("fine", image=picture(64, 64)), Request(**request_)])
+    assert not editor.canvases, "nothing is begun"
+
+
+def test_mistakes_in_how():
+    for options, message in (({"steps": 0}, "steps is 0; expected 1 to 1000"),
+                             ({"guidance": 101.0}, "expected 0 to 100")):
+        with pytest.raises(UserError, match=message):
+            White().edit([Request("x")], Options(**options))
+    with pytest.raises(UserError, match="the small weights take none"):
+        White(SMALLEST).edit([Request("a red heart on grass")], Options(guidance=3.0))
+    with pytest.raises(UserError, match="crop is 'round'; expected auto, mask, none"):
+        Options(crop="round")

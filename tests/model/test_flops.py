@@ -6,9 +6,11 @@ import math
 import jax
 import jax.numpy as jnp
 import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.extend.core import jaxprs_in_params
 
 import acejax
+from acejax.adapt import lora
 from acejax.model import flops
 from acejax.model.mmdit import TIME_CHANNELS, example
 
@@ -55,6 +57,28 @@ def test_training_step_is_the_traced_gradient_and_the_input_gradients_nobody_nee
     unneeded = 2 * BATCH * config.hidden_size * (
         IMAGE * config.in_channels + TEXT * config.context_in_dim + features)
     assert flops.training_step(config, TEXT, IMAGE, BATCH) == counted(traced.jaxpr) + unneeded
+
+
+def test_training_step_of_a_lora_is_the_traced_gradient_of_its_factors():
+    """But for the input gradients of the modulations' pairs, which nobody needs."""
+    config = CONFIGS["wider mlp"]
+    params, tokens = abstract(config)
+    tree = jax.eval_shape(lambda: lora.init(config, jax.random.key(0), 3))
+    leaves = flatten_dict(tree, sep="/")
+    pairs = {path[:-2]: leaf.size + leaves[f"{path[:-2]}/b"].size for path, leaf in leaves.items()
+             if path.endswith("/a")}
+
+    def loss(factors, rest, params, tokens):
+        return acejax.apply(config, params, tokens, lora=unflatten_dict(factors | rest, sep="/")).sum()
+
+    traced = jax.make_jaxpr(jax.grad(loss))(*({path: leaf for path, leaf in leaves.items()
+                                               if path.endswith("/scale") == scale} for scale in (False, True)),
+                                            params, tokens)
+    unneeded = 2 * BATCH * sum(leaf.size for path, leaf in leaves.items() if path.endswith("modulation/a"))
+    assert flops.training_step(config, TEXT, IMAGE, BATCH, pairs) == counted(traced.jaxpr) + unneeded
+    forward = counted(jax.make_jaxpr(lambda *trees: acejax.apply(config, *trees[:2], lora=trees[2]))(
+        params, tokens, tree).jaxpr)
+    assert flops.low_rank(pairs, TEXT, IMAGE, BATCH) == forward - flops.forward(config, TEXT, IMAGE, BATCH).total
 
 
 def test_forward_is_what_xla_counts_at_full_width():

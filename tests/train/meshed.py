@@ -1,25 +1,32 @@
 """`python -m tests.train.meshed WORKDIR STEPS MESHES [PORT PROCESS [SILENCE]]`: the small run on mesh after mesh.
 
-MESHES is JSON, {name: mesh}; each is trained in WORKDIR/name. With PORT it is one of two processes of four devices,
-without one process of eight.
+MESHES is JSON, {name: mesh}; each is trained in WORKDIR/name, and where a mesh has "lora", one on weights that stay as
+they are, held as it says. With PORT it is one of two processes of four devices, without one process of as many as
+the meshes need.
 """
 
 import json
+import math
 import os
 import pathlib
 import sys
 
 if __name__ == "__main__":
-    devices = 4 if len(sys.argv) > 4 else 8
+    devices = 4 if len(sys.argv) > 4 else max(math.prod(size for size in mesh.values() if isinstance(size, int))
+                                              for mesh in json.loads(sys.argv[3]).values())
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
 
+import jax
 import numpy as np
 
+import acejax
 from acejax.data.schedule import Stage
 from acejax.data.stream import Stream
 from acejax.parallel import processes
 from acejax.train.loop import train
+from acejax.weights import keymaps
 from acejax.workdir import lock
+from tests.goldens import cases
 from tests.train import small
 
 MODEL = {"hidden_size": 64, "num_heads": 8, "axes_dim": (2, 2, 4)}  # heads for tensor x seq = 8
@@ -35,9 +42,21 @@ class Table(small.Table):
         return row | {"text": rng.standard_normal((4, 8)).astype(np.float32)}
 
 
+def weights(folder: pathlib.Path) -> pathlib.Path:
+    """A file of weights, none of them 0."""
+    model = acejax.MMDiTConfig(**dict(small.make_config().model) | MODEL)
+    if jax.process_index() == 0:
+        acejax.save_model(folder / "base.safetensors", model,
+                          keymaps.from_foreign(model, cases.state(model).__getitem__, "bfl"))
+    return folder / "base.safetensors"
+
+
 def run(workdir: pathlib.Path, mesh: dict[str, int], steps: int) -> None:
     config = small.make_config(SIZES)
     config.model.update(MODEL)
+    if base := (mesh := dict(mesh)).pop("lora", None):
+        config.lora = {"rank": 4, "base": base}
+        config.init_from = str(weights(workdir.parent))
     config.mesh.update({"data": 1} | mesh)
     config.steps = steps
     config.checkpoint.every = 3

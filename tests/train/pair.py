@@ -68,7 +68,7 @@ def export(workdir: pathlib.Path) -> None:
     config = MMDiTConfig(**make_config().model)
     begin = functools.partial(init, config, jax.random.key(0))
     place = rules.shardings(jax.eval_shape(begin), make_mesh({"fsdp": 4}))
-    exports = Exports(workdir, config, "bfl")
+    exports = Exports(workdir, config)
     exports.save(1, jax.jit(begin, out_shardings=place)())
     exports.close()
 

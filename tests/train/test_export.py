@@ -29,7 +29,7 @@ def test_an_export_loads_as_what_was_trained(small, tmp_path, monkeypatch, layou
     """Also where leaves are gathered in pieces, the last of which overlap."""
     monkeypatch.setattr(export, "PIECE", 3000)
     config, params = small
-    exports = Exports(tmp_path, config, layout)
+    exports = Exports(tmp_path, config, (layout,))
     exports.save(12, params)
     exports.save(24, jax.tree.map(np.negative, params))
     exports.close()
@@ -56,7 +56,7 @@ def test_a_workdir_gives_its_averages(small, tmp_path):
 
 def test_an_export_that_cannot_be_written_is_told(small, tmp_path):
     (tmp_path / "exports").write_text("")
-    exports = Exports(tmp_path, small[0], "bfl")
+    exports = Exports(tmp_path, small[0])
     exports.save(1, small[1])
     with pytest.raises(acejax.UserError, match="step_000001.safetensors.* cannot be written"):
         exports.close()

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,6 @@ import pytest
 from acejax import UserError
 from acejax.parallel import processes
 from tests.counts import count
-from tests.train import meshed
 from tests.train.small import losses
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -30,9 +30,7 @@ TWO = {"fsdp": {"fsdp": 8}, "across": {"tensor": 2, "seq": 4}}  # across: a row'
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory):
     """The losses of one device."""
-    workdir = tmp_path_factory.mktemp("one")
-    meshed.run(workdir, {}, STEPS)
-    return losses(workdir)
+    return train(tmp_path_factory.mktemp("alone"), {"one": {}})["one"]
 
 
 def free_port() -> str:
@@ -46,13 +44,27 @@ def start(*arguments: str) -> subprocess.Popen:
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-@pytest.mark.long
-def test_every_mesh_has_the_losses_of_one_device(expected, tmp_path):
-    process = start(str(tmp_path), str(STEPS), json.dumps(ONE))
+def train(workdir: pathlib.Path, meshes: dict[str, dict[str, Any]]) -> dict[str, list[float]]:
+    """The losses on each mesh, trained in a process of its own: jax settles how many devices there are as it starts."""
+    process = start(str(workdir), str(STEPS), json.dumps(meshes))
     _, said = process.communicate(timeout=600)
     assert process.returncode == 0, said
-    for name in ONE:
-        np.testing.assert_allclose(losses(tmp_path / name), expected, rtol=1e-4, err_msg=name)
+    return {name: losses(workdir / name) for name in meshes}
+
+
+@pytest.mark.long
+def test_every_mesh_has_the_losses_of_one_device(expected, tmp_path):
+    for name, found in train(tmp_path, ONE).items():
+        np.testing.assert_allclose(found, expected, rtol=1e-4, err_msg=name)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("base", ["float32", "int8"])
+def test_a_lora_has_its_losses_on_every_mesh(tmp_path, base):
+    """The base lies by the rules of the parameters, the factors by theirs."""
+    expected = train(tmp_path, {"one": {"lora": base}})["one"]
+    for name, found in train(tmp_path, {name: mesh | {"lora": base} for name, mesh in ONE.items()}).items():
+        np.testing.assert_allclose(found, expected, rtol=1e-4, err_msg=name)
 
 
 @pytest.mark.long

@@ -1,0 +1,139 @@
+"""Edits are checked, made and written, one after another or several at once."""
+
+import dataclasses
+import sys
+import time
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+from etils import epath
+from tqdm import tqdm
+
+from acejax.cli.edit_weights import Opened
+from acejax.data.progress import Progress
+from acejax.edit import files, record
+from acejax.edit.manifest import Entry
+from acejax.edit.record import File, Record
+from acejax.edit.request import Options, Result
+from acejax.errors import UserError
+
+EVERY = 10.0  # seconds between lines in a log
+
+
+def check(entries: Sequence[Entry], opened: Opened, options: Options) -> list[Hashable]:
+    """Look at all edits before any is made; those with the same answer can be made at once.
+
+    Raises:
+      UserError: one that can't be; in a manifest its line is named, and how many there are.
+    """
+    shapes, faults = [], []
+    with Progress(len(entries), "checking", "edits") as progress:
+        for entry in entries:
+            try:
+                shapes.append(opened.editor.check(entry.open()[0], options))
+            except UserError as error:
+                faults.append(f"{entry.line}: {error}" if entry.line else str(error))
+            progress.update()
+    if faults:
+        raise UserError(faults[0] + (f" ({len(faults)} edits have faults)" if len(faults) > 1 else ""))
+    return shapes
+
+
+def run(entries: Sequence[Entry], shapes: Sequence[Hashable], opened: Opened, options: Options,
+        batch: int) -> list[dict[str, Any]]:
+    """Make and write the edits.
+
+    Args:
+      shapes: of `check`.
+      batch: most edits at once.
+
+    Returns:
+      What is told of each, in their order.
+    """
+    rows: dict[int, dict[str, Any]] = {}
+    with _Said(len(entries)) as said:
+        for members in _calls(shapes, batch):
+            start, chosen = time.time(), [entries[index] for index in members]
+            made = edit(chosen, opened, options, said)
+            for index, entry, (result, about) in zip(members, chosen, made, strict=True):
+                epath.Path(entry.out).parent.mkdir(parents=True, exist_ok=True)
+                files.write_picture(entry.out, result.picture, {record.KEY: about.text()})
+                rows[index] = row(entry, result, about, (time.time() - start) / len(members))
+                said.wrote(entry.out, rows[index])
+    return [rows[index] for index in range(len(entries))]
+
+
+def warm_up(entries: Sequence[Entry], shapes: Sequence[Hashable], opened: Opened, options: Options, batch: int) -> int:
+    """Make edits of each shape and number and write nothing: their programs are in the compile cache then, and counted.
+    """
+    distinct = {(shapes[members[0]], len(members)): members for members in _calls(shapes, batch)}
+    with _Said(len(distinct)) as said:
+        for members in distinct.values():
+            opened.editor.edit([entries[index].open()[0] for index in members], options, said)
+    return len(distinct)
+
+
+def edit(entries: Sequence[Entry], opened: Opened, options: Options, said: Any = None) -> list[tuple[Result, Record]]:
+    """Edits of equal shapes, made at once, and the record of each."""
+    read = [entry.open() for entry in entries]
+    results = opened.editor.edit([request for request, _ in read], options, said)
+    made = []
+    for place, (entry, (request, hashes), result) in enumerate(zip(entries, read, results, strict=True)):
+        folder = epath.Path(entry.out).parent
+
+        def seen(value: Any, folder: epath.Path = folder) -> Any:
+            return record.relative(folder, value) if isinstance(value, str) and value.startswith("/") else value
+
+        used = [File(name, record.relative(folder, path), sha256)
+                for (name, path), sha256 in zip(entry.inputs, hashes, strict=True)]
+        used += [dataclasses.replace(file, path=seen(file.path)) for file in opened.files]
+        flags = {name: seen(value) for name, value in opened.flags.items()}
+        made.append((result, record.make(opened.editor.profile, request, options, result, (place, len(entries)), flags,
+                                         used)))
+    return made
+
+
+def row(entry: Entry, result: Result, about: Record, seconds: float) -> dict[str, Any]:
+    """What is told of an edit."""
+    names = ("task", "prompt", "told", "seed", "steps", "guidance", "scale", "size", "crop", "paste", "parity", "batch")
+    return {"out": entry.out, **({"line": entry.line} if entry.line else {}),
+            **{name: getattr(about, name) for name in names},
+            "window": None if result.window is None else dataclasses.asdict(result.window), "drift": result.drift,
+            "tokens": result.tokens, "seconds": round(seconds, 3)}
+
+
+def _calls(shapes: Sequence[Hashable], batch: int) -> list[list[int]]:
+    """Indices of edits of equal shape, at most `batch` together, by the first of each."""
+    groups: dict[Hashable, list[int]] = {}
+    for index, shape in enumerate(shapes):
+        groups.setdefault(shape, []).append(index)
+    return [members[start:start + batch] for members in groups.values() for start in range(0, len(members), batch)]
+
+
+class _Said:
+    """What happens: a bar on a terminal, lines in a log."""
+
+    def __init__(self, total: int):
+        self._terminal = sys.stderr.isatty()
+        self._bar = tqdm(total=total, unit=" edits", disable=not self._terminal, delay=1)
+        self._total, self._done, self._last = total, 0, time.time()
+
+    def __call__(self, what: str, share: float) -> None:
+        self._bar.set_description(what)
+        if not self._terminal and time.time() - self._last >= EVERY:
+            self._last = time.time()
+            print(f"edit {self._done + 1} of {self._total}: {what}", flush=True)
+
+    def wrote(self, out: str, told: dict[str, Any]) -> None:
+        self._bar.update()
+        self._done, self._last = self._done + 1, time.time()
+        drift = "" if told["drift"] is None else f", {told['drift']:.2f} of 255 off outside the mask before pasting"
+        count = f"{self._done} of {self._total}: " if self._total > 1 else ""
+        tqdm.write(f"{count}wrote {out} (task {told['task']}, {told['size'][0]} x {told['size'][1]} pixels, seed "
+                   f"{told['seed']}, {told['seconds']:.1f} s{drift})", file=sys.stdout)
+
+    def __enter__(self) -> "_Said":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._bar.close()

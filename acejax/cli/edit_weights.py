@@ -1,0 +1,128 @@
+"""The weights that `acejax edit` works with, and what a record says of them."""
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from etils import epath
+
+from acejax.data.encoders import EncodersConfig
+from acejax.data.hashes import Hashes
+from acejax.edit.editor import Editor
+from acejax.edit.profile import Profile
+from acejax.edit.record import File
+from acejax.errors import UserError
+from acejax.weights import hub
+
+Lora = tuple[str, float]  # file, strength
+FLAGS = ("demo", "weights", "base", "dtype", "eight_bits", "staged", "offload", "mesh", "contour", "depth")
+PATHS = ("weights", "base", "contour", "depth")
+PARTS = ("vae", "text_encoder_2", "text_encoder", "tokenizer", "tokenizer_2")
+NOTES = pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache")) / "acejax" / "hashes.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """An editor, and where its weights came from.
+
+    Attributes:
+      flags: those of `FLAGS` that it was opened with, paths absolute.
+      files: weights and LoRAs with their checksums, paths absolute; those that come with acejax by name.
+    """
+
+    editor: Editor
+    flags: Mapping[str, Any]
+    files: tuple[File, ...]
+
+
+def open_weights(flags: Mapping[str, Any], loras: Sequence[Lora], parity: str | None) -> Opened:
+    """The editor that the flags ask for.
+
+    Raises:
+      UserError: no such weights, a LoRA of another geometry, parity with weights that nothing was released for.
+    """
+    flags = {name: _absolute(value) if name in PATHS and value else value for name, value in flags.items()
+             if name in FLAGS}
+    hashes = Hashes(NOTES)
+    editor, used = (_small if flags["demo"] else _released)(flags, loras, parity, hashes)
+    used += [("lora", _absolute(path), hashes.of(_local(path)), scale) for path, scale in loras]
+    for name in ("contour", "depth"):
+        if flags[name]:
+            path = pathlib.Path(flags[name])
+            used += [("weights", str(file.absolute()), hashes.of(file), None) for file in
+                     (sorted(path.rglob("*.safetensors")) if path.is_dir() else [path])]
+    hashes.keep()
+    return Opened(editor, flags, tuple(File(*one) for one in used))
+
+
+def _small(flags: Mapping[str, Any], loras: Sequence[Lora], parity: str | None, hashes: Hashes
+           ) -> tuple[Editor, list[tuple]]:
+    if given := [name for name in FLAGS if flags[name] and name not in ("demo", "weights")]:
+        raise UserError(f"--{given[0]} is for FLUX's weights, not for those of --demo")
+    if parity:
+        raise UserError(f"--parity={parity}: nothing was released that the small weights could be held against")
+    from acejax.demo.weights import SHIPPED, load_editor
+
+    folder = pathlib.Path(flags["weights"] or SHIPPED)
+    editor = load_editor(folder, loras=loras)
+    return editor, [("weights", path.name if not flags["weights"] else str(path), hashes.of(path), None)
+                    for path in sorted(folder.glob("*.safetensors")) + [folder / "weights.json"]]
+
+
+def _released(flags: Mapping[str, Any], loras: Sequence[Lora], parity: str | None, hashes: Hashes
+              ) -> tuple[Editor, list[tuple]]:
+    """FLUX's weights; headers are read, the rest when the first edit is made."""
+    from acejax.edit.annotators import annotator
+    from acejax.edit.models import Models, ModelsConfig
+
+    base = flags["base"]
+    base = str(hub.fetch(base)) if hub.looks_like_id(base) else base
+    if missing := [part for part in PARTS if not pathlib.Path(base, part).exists()]:
+        raise UserError(f"--base={base}: no {', '.join(missing)} there; expected FLUX.1's folder with its parts")
+    dtype = flags["dtype"] or "bfloat16"
+    encoders = EncodersConfig(*(f"{base}/{part}" for part in PARTS[:3]), tokenizers=base, dtype=dtype,
+                              reference=parity == "reference")
+    models = Models(ModelsConfig(flags["weights"] or base, encoders, dtype, eight_bits=flags["eight_bits"],
+                                 staged=flags["staged"], offload=flags["offload"], mesh=_mesh(flags["mesh"])), NOTES)
+    maps = {name: flags[name] for name in ("contour", "depth") if flags[name]}
+    profile = Profile.of(models.config, parity)
+    editor = Editor(profile, models.sample, models.encode_pictures, models.decode_latents, models.encode_prompts,
+                    lora=models.lora(loras), annotate=annotator(maps, parity))
+    return editor, [("weights", path, checksum, None) for path, checksum in models.checksums()]
+
+
+def _mesh(axes: str | None) -> dict[str, int] | None:
+    """"fsdp=4,tensor=2" as sizes."""
+    if not axes:
+        return None
+    try:
+        return {name: int(size) for name, size in (axis.split("=") for axis in axes.split(","))}
+    except ValueError:
+        raise UserError(f"--mesh={axes}: expected axes and sizes, such as fsdp=4,tensor=2") from None
+
+
+def _absolute(path: str) -> str:
+    return str(pathlib.Path(path).absolute()) if pathlib.Path(path).exists() else path
+
+
+def _local(path: str) -> pathlib.Path:
+    return hub.fetch(path) if hub.looks_like_id(path) else pathlib.Path(path).expanduser()
+
+
+def lora(text: str) -> Lora:
+    """FILE[:SCALE].
+
+    Raises:
+      UserError: a scale that is no number.
+    """
+    path, colon, scale = text.rpartition(":")
+    if not colon or epath.Path(text).exists():
+        return text, 1.0
+    try:
+        return path, float(scale)
+    except ValueError:
+        if scale.startswith("//"):  # gs://...
+            return text, 1.0
+        raise UserError(f"--lora={text}: the scale is {scale!r}; expected a number") from None

@@ -1,0 +1,196 @@
+"""A request becomes the model's canvas, and what the model made of it becomes the result: sizes, windows, pasting."""
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+
+from acejax.data import resize
+from acejax.data.canvas import Canvas, editing
+from acejax.data.layout import ASPECT, lay_editing
+from acejax.data.released import output
+from acejax.data.released_layout import TOKEN, Size
+from acejax.edit import crop, paste, tasks
+from acejax.edit.annotators import inside
+from acejax.edit.crop import Crop
+from acejax.edit.profile import Profile
+from acejax.edit.request import Options, Request, Result
+from acejax.errors import UserError
+from acejax.lcu import CELL
+
+Annotate = Callable[[str, np.ndarray], np.ndarray]  # a name of the annotators, a picture -> a picture
+SHORTEST = 4  # pixels a side that is worked on: below them there is nothing to see
+FEATHER = 1 / 64  # of a window's longer side
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Prepared:
+    """A request ready for the model.
+
+    Attributes:
+      request, task, prompt: what is asked for, the preset's name, what the model is told.
+      canvas: its input.
+      image, mask: the picture that the result is put into, as large as the result, and where; None: there is none.
+      window: its part that is worked on.
+      size: height and width of the result.
+    """
+
+    request: Request
+    task: str
+    prompt: str
+    canvas: Canvas
+    image: np.ndarray | None
+    mask: np.ndarray | None
+    window: Crop | None
+    size: Size
+
+
+def prepare(profile: Profile, request: Request, options: Options, annotate: Annotate) -> Prepared:
+    """What the model is given for a request.
+
+    Raises:
+      UserError: an unknown task, inputs that it lacks or does not take, sizes that can't be.
+    """
+    given = request.image is not None, request.mask is not None, len(request.references)
+    name = request.task or tasks.infer(profile.tasks, request.prompt, *given)
+    task = tasks.find(profile.tasks, name)
+    tasks.check(name, task, *given)
+    parity = profile.canvas.parity is not None
+    prompt = tasks.phrase(name, task, request.prompt, raw=parity)
+    scale = profile.scale(task) if request.scale is None else request.scale
+    if not 0 <= scale <= 1:
+        raise UserError(f"scale is {scale}; expected 0 to 1")
+    _check_pictures(request)
+    image, mask, size = _framed(profile, name, task, request)
+    if image is None:
+        shown = [_whole(profile, reference) for reference in request.references]
+        return Prepared(request, name, prompt, editing(profile.canvas, None, None, shown, size, scale), None, None,
+                        None, size)
+    if parity:
+        seen = _annotated(image, mask, request.control, task.annotator, annotate, profile.canvas.parity)
+        return Prepared(request, name, prompt, editing(profile.canvas, seen, mask, request.references, None, scale),
+                        image, mask, None, size)
+    window, working = _window(profile, task, image, mask, request, options)
+    seen, generate, control = (None if array is None else crop.cut(array, window, working)
+                             for array in (image, mask, request.control))
+    if generate is not None and profile.side:
+        generate = _boxes(generate, max(1, len(request.references)))
+    seen = _annotated(seen, generate, control, task.annotator, annotate, None)
+    shown = [_whole(profile, reference) for reference in request.references]
+    return Prepared(request, name, prompt, editing(profile.canvas, seen, generate, shown, None, scale), image,
+                    mask, window, size)
+
+
+def finish(prepared: Prepared, made: np.ndarray, options: Options) -> Result:
+    """The result of a request whose target unit the model made [h, w, 3] uint8 (with parity: its whole canvas)."""
+    canvas, image, mask, window = prepared.canvas, prepared.image, prepared.mask, prepared.window
+    drift, tokens = None, canvas.mask.size // TOKEN**2
+    if canvas.joined:
+        picture = output(made, sum(canvas.widths[:-1]), prepared.size)
+    elif window is None:
+        picture = resize.antialiased(made, prepared.size)
+    else:
+        picture = paste.place(image, made, window)
+        if mask is not None:
+            drift = paste.drift(image, picture, mask, window)
+            if options.paste == "feather":
+                picture = paste.feather(image, picture, mask, window, FEATHER * max(window.height, window.width))
+    return Result(picture, prepared.task, prepared.prompt, window, drift, tokens)
+
+
+def _check_pictures(request: Request) -> None:
+    for name in ("mask", "control"):
+        array = getattr(request, name)
+        if array is None:
+            continue
+        if request.image is None:
+            raise UserError(f"a {name} without a picture to edit")
+        if array.shape[:2] != request.image.shape[:2]:
+            found, expected = (" x ".join(map(str, part.shape[1::-1])) for part in (array, request.image))
+            raise UserError(f"the {name} is {found} pixels (width x height); its picture is {expected}")
+    if request.mask is not None and not (request.mask > 127).any():
+        raise UserError("the mask has no white pixel: nothing to generate")
+    if request.image is not None and min(request.image.shape[:2]) < SHORTEST:
+        raise UserError(f"the picture is {request.image.shape[1]} x {request.image.shape[0]} pixels (width x height); "
+                        f"expected at least {SHORTEST} a side")
+
+
+def _framed(profile: Profile, name: str, task: tasks.Task, request: Request
+            ) -> tuple[np.ndarray | None, np.ndarray | None, Size]:
+    """The picture and mask as large as the result, and that size."""
+    image, mask, size = request.image, request.mask, request.size
+    if size is not None and (min(size) < SHORTEST or max(size) > ASPECT * min(size)) and image is None:
+        raise UserError(f"size is {size[1]} x {size[0]} (width x height); expected at least {SHORTEST} a side and at "
+                        f"most {ASPECT}:1")
+    if image is None:
+        side = profile.side or 1024
+        return None, None, size or (side, side)
+    height, width = image.shape[:2]
+    if task.size == "image":
+        if size not in (None, (height, width)):
+            raise UserError(f"size {size[1]} x {size[0]} (width x height) with a picture of {width} x {height}: task "
+                            f"{name} gives the picture's own size")
+        return image, mask, (height, width)
+    wanted = size or ((height * 3 // 2, width * 3 // 2) if task.size == "around" else (height * 2, width * 2))
+    if wanted[0] < height or wanted[1] < width or wanted == (height, width):
+        raise UserError(f"size is {wanted[1]} x {wanted[0]} (width x height); task {name} expects a larger one than "
+                        f"the picture's, {width} x {height}")
+    if task.size == "enlarged":
+        budget = profile.canvas.max_tokens * TOKEN**2
+        if wanted[0] * wanted[1] > budget:
+            raise UserError(f"size is {wanted[1]} x {wanted[0]} (width x height); the {profile.name} see at most "
+                            f"{budget / 1e6:.2f} megapixels at once")
+        return resize.antialiased(image, wanted), None, wanted
+    top, left = (wanted[0] - height) // 2, (wanted[1] - width) // 2
+    frame = crop.cut(image, Crop(-top, -left, *wanted), wanted)
+    around = np.full(wanted, 255, np.uint8)
+    around[top:top + height, left:left + width] = 0
+    return frame, around, wanted
+
+
+def _window(profile: Profile, task: tasks.Task, image: np.ndarray, mask: np.ndarray | None, request: Request,
+            options: Options) -> tuple[Crop, Size]:
+    """The part of a picture that is worked on, and the size at which it is."""
+    size = image.shape[:2]
+    if profile.side:
+        close = mask is not None and options.crop != "none"
+        window = crop.square(mask, task.share, profile.side // CELL) if close else crop.whole_square(size)
+        return window, (profile.side, profile.side)
+    if options.crop == "mask" and mask is None:
+        raise UserError("crop is 'mask', and there is no mask")
+    seen = crop.middle(size)
+    too_much = size != (seen.height, seen.width) or size[0] * size[1] > profile.canvas.max_tokens * TOKEN**2
+    if mask is not None and (options.crop == "mask" or options.crop == "auto" and too_much):
+        window = crop.around(mask, task.share)
+        wanted = crop.working_size(window, profile.canvas.max_tokens)
+    else:
+        window, wanted = seen, (seen.height, seen.width)
+    layout = lay_editing(profile.canvas, wanted, [reference.shape[:2] for reference in request.references])
+    return window, (layout.height, layout.target_width)
+
+
+def _annotated(image: np.ndarray, mask: np.ndarray | None, control: np.ndarray | None, annotator: str,
+               annotate: Annotate, parity: str | None) -> np.ndarray:
+    """The map of a picture inside the mask, the picture outside."""
+    if control is None and annotator == "none":
+        return image
+    return inside(annotate(annotator, image) if control is None else control, image, mask, parity=parity)
+
+
+def _whole(profile: Profile, reference: np.ndarray) -> np.ndarray:
+    """A reference as the weights want it."""
+    if not profile.side:
+        return reference
+    return crop.cut(reference, crop.whole_square(reference.shape[:2]), (profile.side, profile.side))
+
+
+def _boxes(mask: np.ndarray, count: int) -> np.ndarray:
+    """The bounding box of each of `count` vertical strips of a mask, grown to the latent grid: what training showed."""
+    boxes = np.zeros_like(mask)
+    for strip in np.array_split(np.arange(mask.shape[1]), count):
+        rows, columns = (np.flatnonzero(mask[:, strip].any(axis)) for axis in (1, 0))
+        if len(rows):
+            top, left = rows[0] // CELL * CELL, (strip[0] + columns[0]) // CELL * CELL
+            bottom, right = -(-(rows[-1] + 1) // CELL) * CELL, -(-(strip[0] + columns[-1] + 1) // CELL) * CELL
+            boxes[top:bottom, left:right] = 255
+    return boxes

@@ -1,0 +1,79 @@
+"""One edit as it is asked for, and what comes of it."""
+
+import dataclasses
+
+import numpy as np
+
+from acejax.edit.crop import Crop
+from acejax.errors import UserError
+
+CROPS, PASTES = ("auto", "mask", "none"), ("feather", "off")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Request:
+    """One edit.
+
+    Attributes:
+      prompt: the instruction.
+      task: a preset's name (`acejax.edit.tasks`); None: what the inputs stand for.
+      image: [h, w, 3] uint8, the picture to edit.
+      mask: [h, w] uint8, > 127 = generate.
+      references: pictures [., ., 3] uint8 to look at.
+      control: [h, w, 3] uint8, a ready map (contours, depth, ...) of the image's size in place of the annotator.
+      size: height and width of the result: where there is no image, and for outpainting and super-resolution.
+      scale: repainting scale, 0 to 1; None: the task's.
+      seed: fixes the result, whatever else is edited beside it.
+    """
+
+    prompt: str = ""
+    task: str | None = None
+    image: np.ndarray | None = None
+    mask: np.ndarray | None = None
+    references: tuple[np.ndarray, ...] = ()
+    control: np.ndarray | None = None
+    size: tuple[int, int] | None = None
+    scale: float | None = None
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How edits are made, the same for all of a call.
+
+    Attributes:
+      steps, guidance: None: the weights' own.
+      crop: "mask", work on a window around the mask; "none", on the whole picture; "auto", around the mask with the
+        small weights and where the whole is more than the weights can see at once.
+      paste: "feather", pixels outside the mask are the picture's; "off", what the model made of them.
+    """
+
+    steps: int | None = None
+    guidance: float | None = None
+    crop: str = "auto"
+    paste: str = "feather"
+
+    def __post_init__(self):
+        for name, known in (("crop", CROPS), ("paste", PASTES)):
+            if getattr(self, name) not in known:
+                raise UserError(f"{name} is {getattr(self, name)!r}; expected {', '.join(known)}")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Result:
+    """What an edit gave.
+
+    Attributes:
+      picture: [h, w, 3] uint8.
+      task, prompt: what was done, and what the model was told.
+      window: the part of the picture that was worked on; None where there was no picture.
+      drift: mean difference outside the mask, of 255, before the picture's own pixels were put back; None: no mask.
+      tokens: image tokens of the canvas, references included.
+    """
+
+    picture: np.ndarray
+    task: str
+    prompt: str
+    window: Crop | None
+    drift: float | None
+    tokens: int

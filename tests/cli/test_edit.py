@@ -1,0 +1,208 @@
+"""`acejax edit` with the small weights: seeds, manifests that go on, the JSON report, and edits made again."""
+
+import dataclasses
+import functools
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import save_file
+
+from acejax import AutoencoderConfig, CLIPConfig, T5Config
+from acejax.cli import edit_run
+from acejax.cli.main import main
+from acejax.data import encoders
+from acejax.demo import weights
+from acejax.demo.weights import SHIPPED
+from acejax.edit import files, record
+from acejax.edit.files import read_picture
+from tests import tokenizers
+from tests.goldens import cases
+from tests.weights import models
+
+EDIT = ["edit", "--demo", "--steps=1", "--prompt=a red heart"]
+INPUTS = ["--image=in/a.png", "--mask=in/m.png"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_editor():
+    """All commands of this file share what was compiled."""
+    load, shared = weights.load_editor, weights.load_editor()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(weights, "load_editor", lambda folder, loras=(): load(folder, loras=loras) if loras or not (
+            folder / "weights.json").exists() else shared)
+        yield
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    (tmp_path / "in").mkdir()
+    Image.fromarray(rng.integers(0, 256, (90, 120, 3)).astype(np.uint8)).save(tmp_path / "in/a.png")
+    mask = np.zeros((90, 120), np.uint8)
+    mask[30:60, 40:70] = 255
+    Image.fromarray(mask).save(tmp_path / "in/m.png")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def listed(place):
+    return sorted(str(path.relative_to(place)) for path in place.rglob("*") if path.is_file())
+
+
+def test_seeds_report_and_repetition(place, capsys, monkeypatch):
+    assert main([*EDIT, *INPUTS, "--out=o.png", "--seed=3,4", "--json=r.json"]) == 0
+    report = json.loads((place / "r.json").read_text())
+    assert [row["out"] for row in report["edits"]] == ["o-3.png", "o-4.png"]
+    about = report["edits"][1]
+    assert about["seed"] == 4 and about["batch"] == [1, 2] and about["size"] == [120, 90] and about["tokens"] == 16
+    assert about["task"] == "insert" and about["drift"] > 0 and about["seconds"] > 0 and about["window"]["width"] == 60
+    first, second = read_picture("o-3.png"), read_picture("o-4.png")
+    assert (first != second).any()
+
+    monkeypatch.chdir("/")  # made again from anywhere, and written
+    assert main(["edit", f"--from={place}/o-4.png", f"--out={place}/again.png"]) == 0
+    assert "o-4.png: the same pixels" in capsys.readouterr().out
+    np.testing.assert_array_equal(read_picture(place / "again.png"), second)
+    monkeypatch.chdir(place)
+
+    (place / "moved").mkdir()
+    shutil.move("in/a.png", "moved/b.png")
+    assert main(["edit", "--from=o-4.png"]) == 2
+    assert "o-4.png can't be made again: image in/a.png is not there\n" in capsys.readouterr().err
+    assert main(["edit", "--from=o-4.png", "--image=in/m.png"]) == 2
+    assert "image in/m.png has changed (SHA-256 was" in capsys.readouterr().err
+    with Image.open("again.png") as image:  # a file whose pixels were changed, and whose record was not
+        image.load()
+        image.putpixel((5, 5), (1, 2, 3))
+        files.write_picture("again.png", np.asarray(image), {"acejax": image.text["acejax"]})
+    assert main(["edit", "--from=again.png", "--image=moved/b.png"]) == 1
+    assert "1 of 10,800 pixels differ, by" in capsys.readouterr().out
+
+
+def test_other_weights_are_named(place, capsys):
+    shutil.copytree(SHIPPED, place / "w")
+    assert main([*EDIT, *INPUTS, "--weights=w", "--out=o.png"]) == 0
+    path = place / "w" / "autoencoder.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    assert main(["edit", "--from=o.png"]) == 2
+    assert "weights w/autoencoder.safetensors has changed" in capsys.readouterr().err.replace(str(place) + "/", "")
+    shutil.move("w", "v")
+    assert main(["edit", "--from=o.png"]) == 2
+    assert "no demo weights there" in capsys.readouterr().err
+
+
+def test_a_manifest_that_was_stopped_goes_on(place, capsys, monkeypatch):
+    lines = [{"image": "in/a.png", "mask": "in/m.png", "seed": seed, "out": f"{seed}.png"} for seed in range(3)]
+    (place / "e.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    write, line = edit_run.files.write_picture, [*EDIT, "--manifest=e.jsonl", "--out=res", "--batch=1"]
+
+    def stopped(path, *more):
+        if path.endswith("1.png"):
+            raise KeyboardInterrupt
+        write(path, *more)
+
+    monkeypatch.setattr(edit_run.files, "write_picture", stopped)
+    assert main(line) == 130
+    assert listed(place / "res") == ["0.png"]
+    before = (place / "res/0.png").stat().st_mtime_ns
+    monkeypatch.undo()
+    monkeypatch.chdir(place)
+    assert main([*line, "--json=r.json"]) == 0
+    assert "1 of 3 are there already" in capsys.readouterr().out
+    assert listed(place / "res") == ["0.png", "1.png", "2.png"]
+    assert (place / "res/0.png").stat().st_mtime_ns == before
+    assert [row["line"] for row in json.loads((place / "r.json").read_text())["edits"]] == ["e.jsonl:2", "e.jsonl:3"]
+
+
+@pytest.mark.long
+def test_released_weights_loras_and_their_record(place, capsys, monkeypatch):
+    """A small model in FLUX's layout, with a LoRA: made, recorded, made again, and a changed LoRA named."""
+    monkeypatch.setattr(encoders.Tokenizers, "open", functools.lru_cache(encoders.Tokenizers.open))
+    widths = {"transformer": (dataclasses.replace(models.MMDIT, in_channels=384, context_in_dim=32, vec_in_dim=64,
+                                                  mlp_ratio=1.0), "transformer.safetensors"),
+              "vae": (AutoencoderConfig(ch=32, ch_mult=(1, 1, 1, 1), num_res_blocks=1), "v.safetensors"),
+              "text_encoder_2": (T5Config(vocab_size=32_128, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4),
+                                 "t.safetensors"),
+              "text_encoder": (CLIPConfig(vocab_size=49_408, hidden_size=64, intermediate_size=96,
+                                          num_hidden_layers=1, num_attention_heads=1), "c.safetensors")}
+    for name, (config, file) in widths.items():
+        (place / "flux" / name).mkdir(parents=True)
+        save_file(cases.state(config, layout=models.first(config)), place / "flux" / name / file)
+    for name in ("tokenizer", "tokenizer_2"):
+        (place / "flux" / name).symlink_to(tokenizers.folder() / name)
+    down, up = np.ones((2, 128), np.float32), np.ones((384, 2), np.float32)
+    module = "lora_unet_double_blocks_0_img_attn_qkv.lora_"
+    save_file({f"{module}down.weight": down, f"{module}up.weight": up}, place / "l.safetensors")
+    Image.open("in/a.png").crop((30, 20, 78, 68)).save("in/a.png")
+    Image.open("in/m.png").crop((30, 20, 78, 68)).save("in/m.png")
+    edit = ["edit", "--base=flux", "--weights=flux/transformer", "--dtype=float32", "--prompt=x", "--steps=1", *INPUTS]
+    assert main([*edit, "--out=lora.png", "--lora=l.safetensors:0.5"]) == 0
+    kept = record.read("lora.png")
+    assert kept.files[-1].path == "./l.safetensors" and kept.files[-1].scale == 0.5 and kept.guidance == 50
+    assert [file.path for file in kept.files if file.field == "weights"] == [
+        "./flux/transformer/transformer.safetensors", "./flux/vae", "./flux/text_encoder_2"]
+    assert main(["edit", "--from=lora.png"]) == 0
+    save_file({f"{module}down.weight": down, f"{module}up.weight": 2 * up}, place / "l.safetensors")
+    assert main(["edit", "--from=lora.png"]) == 2
+    assert "lora " in capsys.readouterr().err
+    assert main([*edit, "--out=o.png", "--parity=other"]) == 2
+    assert main([*edit, "--out=o.png", "--guidance=101"]) == 2
+    assert main([*edit, "--out=o.png", "--task=canny_repaint"]) == 2
+    assert "guidance is 101.0; expected 0 to 100" in (error := capsys.readouterr().err) and error.count("\n") == 3
+
+
+LORA = "double_blocks.0.img_attn.proj.lora_"
+MISTAKES = [
+    (["--manifest=e.jsonl", "--out=res"], "e.jsonl:2: prompt 'a red zebra': the small weights do not know 'zebra'"),
+    (["--manifest=e.jsonl", "--out=res"], "(3 edits have faults)"),
+    (["--manifest=e.jsonl", "--out=no/res"], "expected a folder; no is not there"),
+    (["--manifest=e.jsonl", "--out=res", "--image=in/a.png"], "--image with --manifest"),
+    ([*INPUTS, "--out=o.png", "--lora=l.safetensors:0.5"], "shape (4, 8)"),
+    ([*INPUTS, "--out=o.png", "--lora=no.safetensors"], "no.safetensors: no such file"),
+    ([*INPUTS, "--out=o.png", "--lora=l.safetensors:x"], "the scale is 'x'; expected a number"),
+    ([*INPUTS, "--out=o.png", "--guidance=3"], "guidance is 3.0; the small weights take none"),
+    ([*INPUTS, "--out=o.png", "--steps=0"], "steps is 0; expected 1 to 1000"),
+    ([*INPUTS, "--out=o.png", "--scale=2"], "scale is 2.0; expected 0 to 1"),
+    ([*INPUTS, "--out=o.png", "--crop=all"], "crop is 'all'; expected auto, mask, none"),
+    ([*INPUTS, "--out=o.png", "--size=10"], "size is '10'; expected WIDTHxHEIGHT"),
+    ([*INPUTS, "--out=o.png", "--seed=1,x"], "--seed=1,x: expected whole numbers"),
+    ([*INPUTS, "--out=o.png", "--seed=-1"], "seed is -1; expected 0 to"),
+    ([*INPUTS, "--out=o.png", "--parity=reference"], "nothing was released"),
+    ([*INPUTS, "--out=in/a.png"], "in/a.png is a picture to read"),
+    (["--image=in/a.png", "--out=o.png", "--task=insert"], "task insert (paint a symbol inside the mask"),
+    (["--from=in/a.png", "--steps=3"], "--prompt can't be given with it"),
+    (["--from=in/a.png"], "in/a.png: no record of an edit in it"),
+]
+
+
+@pytest.mark.parametrize("flags, message", MISTAKES, ids=[" ".join(flags) for flags, _ in MISTAKES])
+def test_mistakes_are_told_before_any_work(place, capsys, flags, message):
+    lines = [{"image": "in/a.png", "mask": "in/m.png"}, {"image": "in/a.png", "mask": "in/m.png", "prompt":
+             "a red zebra"}, {"image": "in/no.png"}, {"image": "in/a.png", "task": "insert"}]
+    (place / "e.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    save_file({LORA + "A.weight": np.zeros((4, 8)), LORA + "B.weight": np.zeros((8, 4))}, place / "l.safetensors")
+    before = listed(place)
+    line = EDIT if message.startswith("--prompt") or not flags[0].startswith("--from") else ["edit"]
+    assert main([*line, *flags]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("acejax: ") and error.count("\n") == 1
+    assert listed(place) == before
+
+
+def test_the_tasks_are_listed(capsys):
+    assert main(["edit", "--list_tasks"]) == 0
+    printed = capsys.readouterr().out
+    assert "try_on              needed    needed    1 or more" in printed and "local_editing" in printed
+    assert main(["edit", "--list_tasks", "--demo"]) == 0
+    assert "two_references      needed    needed    2 " in capsys.readouterr().out
+
+
+def test_warming_up_writes_nothing(place, capsys):
+    before = sorted(place.rglob("*"))
+    assert main([*EDIT, *INPUTS, "--seed=3,4", "--warm_up"]) == 0
+    assert "compiled for 1 kind of edits" in capsys.readouterr().out and sorted(place.rglob("*")) == before

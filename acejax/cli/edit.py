@@ -9,6 +9,7 @@ from absl import flags
 from etils import epath
 
 from acejax.cli.config import parse_flags
+from acejax.cli.weight_flags import define_weights
 from acejax.data import written
 from acejax.errors import UserError
 
@@ -125,19 +126,7 @@ def _define(values: flags.FlagValues) -> None:
     def switch(name, about):
         flags.DEFINE_boolean(name, False, about, flag_values=values)
 
-    switch("demo", "Use the small weights that come with acejax.")
-    text("base", "FLUX.1's folder or hub id, such as black-forest-labs/FLUX.1-Fill-dev: autoencoder, text encoders and "
-         "transformer.")
-    text("weights", "Another transformer than that of --base: a file, folder, hub id or the workdir of a run; with "
-         "--demo a folder of a demo's weights (WORKDIR/weights).")
-    flags.DEFINE_multi_string("lora", None, "FILE[:SCALE] of a LoRA; may be given several times.", flag_values=values)
-    text("dtype", "Of FLUX's weights and activations: bfloat16, float16 or float32; with --demo always float32.")
-    text("eight_bits", "Keep the transformer's kernels as int8 or float8.")
-    switch("staged", "For small cards: text encoders and transformer are never in memory together.")
-    switch("offload", "Keep on the host what is used once an edit: 6.5 GB of FLUX's transformer.")
-    text("mesh", "Spread the transformer over devices: fsdp=4,tensor=2.")
-    text("contour", "The drawing network's file, for contour_repainting.")
-    text("depth", "A DPT's folder, for depth_repainting.")
+    define_weights(values)
     text("prompt", "What to make, e.g. 'a red heart' or 'make it blue'.")
     text("task", "A preset (--list_tasks); by default what the inputs stand for.")
     switch("list_tasks", "List the presets and what each takes.")

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from absl import flags
 
 from acejax.cli.config import parse_flags
-
-WEIGHTS = ("demo", "weights", "base")
+from acejax.cli.weight_flags import define_weights
+from acejax.errors import UserError
 
 
 def main(argv: Sequence[str]) -> int:
@@ -18,13 +18,15 @@ def main(argv: Sequence[str]) -> int:
     if values is None:
         return 0
     flag = {name: values[name].value for name in values}
+    if not flag["demo"] and not flag["base"]:
+        raise UserError("serve: add --demo to use the small weights that come with acejax, or give --base")
     import gradio  # noqa: F401 - its extra may be missing, which is told before weights are read
 
     from acejax.cli.edit_weights import lora, open_weights
     from acejax.edit.web import Site, serving
     from acejax.edit.web_form import Limits
 
-    opened = open_weights({name: flag[name] for name in WEIGHTS}, [lora(text) for text in flag["lora"] or ()], None)
+    opened = open_weights(flag, [lora(text) for text in flag["lora"] or ()], None)
     about, examples = f"The weights: {opened.editor.profile.name}.", ()
     if flag["demo"]:
         from acejax.demo import examples as demo
@@ -49,11 +51,7 @@ def _define(values: flags.FlagValues) -> None:
     def number(name, default, about, least, most):
         flags.DEFINE_integer(name, default, about, least, most, flag_values=values)
 
-    flags.DEFINE_boolean("demo", False, "Use the small weights that come with acejax.", flag_values=values)
-    flags.DEFINE_string("weights", None, "With --demo: a folder of a demo's weights (WORKDIR/weights) instead of those "
-                        "shipped.", flag_values=values)
-    flags.DEFINE_string("base", None, "A folder of FLUX.1's parts.", flag_values=values)
-    flags.DEFINE_multi_string("lora", None, "FILE[:SCALE] of a LoRA; may be given several times.", flag_values=values)
+    define_weights(values)
     flags.DEFINE_string("host", "127.0.0.1", "The address to listen on; 0.0.0.0 lets other machines in, without a "
                         "password.", flag_values=values)
     number("port", 7860, "The port; 0: any that is free.", 0, 65535)

@@ -20,12 +20,13 @@ import numpy as np
 from PIL import Image
 
 from acejax.data import resize
-from acejax.edit import files, record, web_form
+from acejax.edit import files, record, web_form, web_mask
 from acejax.edit.editor import Editor
 from acejax.edit.record import File
 from acejax.edit.tasks import NONE
 from acejax.edit.web_form import SEEDS, Form, Limits
 from acejax.edit.web_guard import BodyLimit
+from acejax.edit.web_mask import SCRIPT, SIDE, TEMPLATE, painted
 from acejax.errors import UserError
 
 AUTO = "by what is given"
@@ -99,8 +100,6 @@ def build(site: Site, folder: str) -> Any:
     """The page as Gradio's Blocks; results are written in a folder."""
     import gradio as gr
 
-    from acejax.edit.web_mask import SIDE, Canvas, painted
-
     profile, limits = site.editor.profile, site.limits
     told = _told(gr)
 
@@ -113,13 +112,13 @@ def build(site: Site, folder: str) -> Any:
 
     @told
     def show(path: str | None):
-        return None if path is None else painted(web_form.preview(path, SIDE, limits))
+        return "" if path is None else painted(web_form.preview(path, SIDE, limits))
 
     @told
     def edit(chosen, prompt, picture, canvas, mask, references, seed, steps, guidance, scale, width, height,
              progress=gr.Progress()):  # noqa: B008 - Gradio's way to ask for one
-        form = Form(prompt or "", None if chosen == AUTO else chosen, picture, canvas, mask,
-                    tuple(path for path, _ in references or ()), seed, steps, guidance, scale, width, height)
+        form = Form(prompt or "", None if chosen == AUTO else chosen, picture, web_mask.read(canvas),
+                    mask, tuple(path for path, _ in references or ()), seed, steps, guidance, scale, width, height)
         made, mask_file, text = _edit(site, form, folder, lambda what, share: progress(share, desc=what))
         return (made, gr.update(value=made, visible=True), gr.update(value=mask_file, visible=mask_file is not None),
                 text)
@@ -136,8 +135,9 @@ def build(site: Site, folder: str) -> Any:
                     picture = gr.File(label=f"Picture (up to {limits.megabytes} MB)", file_types=PICTURES,
                                       height=150, elem_id="picture")
                 with gr.Group() as mask_part:
-                    canvas = Canvas(label="Paint over what is to change", height=500, elem_id="canvas",
-                                    placeholder="The picture to paint on appears here", buttons=[])
+                    canvas = gr.HTML("", label="Paint over what is to change", show_label=True, container=True,
+                                     html_template=TEMPLATE, js_on_load=SCRIPT.read_text(), elem_id="canvas",
+                                     apply_default_css=False)
                     with gr.Accordion("A mask from a file instead", open=False):
                         mask = gr.File(label="Mask of the picture's size, white where to change", height=150,
                                        file_types=PICTURES, elem_id="mask")
@@ -178,7 +178,7 @@ def build(site: Site, folder: str) -> Any:
               [result, save, save_mask, facts], concurrency_limit=1, show_progress_on=result, trigger_mode="once",
               api_name="edit")
         for button, example in zip(buttons, site.examples, strict=True):
-            button.click(_filled(example, folder, painted, SIDE), None, [chosen, prompt, picture, canvas, references],
+            button.click(_filled(example, folder), None, [chosen, prompt, picture, canvas, references],
                          api_visibility="private")
     return page.queue(max_size=limits.waiting)
 
@@ -214,7 +214,7 @@ def _told(gr: Any) -> Callable[[Callable], Callable]:
     return decorate
 
 
-def _filled(example: Example, folder: str, painted: Callable, side: int) -> Callable[[], tuple]:
+def _filled(example: Example, folder: str) -> Callable[[], tuple]:
     """A function that fills the form with an example."""
     def fill():
         place = pathlib.Path(tempfile.mkdtemp(dir=folder))
@@ -223,11 +223,11 @@ def _filled(example: Example, folder: str, painted: Callable, side: int) -> Call
             Image.fromarray(picture).save(place / name)
             return str(place / name)
 
-        image, shown = None, None
+        image, shown = None, ""
         if example.image is not None:
             image = kept("example.png", example.image)
             size = np.array(example.image.shape[:2])
-            small = tuple(int(length) for length in np.maximum(1, np.rint(size * side / size.max())))
+            small = tuple(int(length) for length in np.maximum(1, np.rint(size * SIDE / size.max())))
             shown = painted(resize.antialiased(example.image, small),
                             None if example.mask is None else resize.mask(example.mask, small))
         references = [kept(f"reference{at}.png", one) for at, one in enumerate(example.references, 1)]

@@ -1,90 +1,76 @@
 """The page's canvas: a picture to paint on, of which the server takes the painted area alone.
 
-Gradio's own editor would open whatever a client sends, in any format that Pillow knows and of any size, and keep
-strokes that nobody runs. Here only PNG and WebP layers of the canvas's size are opened, and few are kept.
+Not Gradio's own editor: that one needs WebGL, uploads what the server has just sent again and again (6.31), and opens
+whatever a client sends, in any format that Pillow knows and of any size.
 """
 
+import base64
+import binascii
 import io
-from collections import OrderedDict
-from typing import Any
+import json
+import pathlib
 
-import gradio as gr
 import numpy as np
 from PIL import Image
 
 from acejax.errors import UserError
 
 SIDE = 640  # pixels of the longer side
-KEPT = 64  # canvases whose strokes wait for their edit
-FORMATS = ("PNG", "WEBP")
-FAINT = 32  # of 255: the brush is translucent
-COLOR = "#ff2d6f"
+LONGEST = 4_000_000  # characters that a browser may send
+FAINT = 127  # of 255: the edge of a stroke is translucent
+URL = "data:image/png;base64,"
+SCRIPT = pathlib.Path(__file__).with_name("web_canvas.js")
+TEMPLATE = """<div class="paper empty"><div class="hint">The picture to paint on appears here</div><canvas></canvas>
+</div>
+<div class="tools"><label>Brush <input class="size" type="range" min="4" max="160" value="48"></label>
+<label><input class="erase" type="checkbox"> erase</label><button class="clear" type="button">Clear</button></div>"""
 
 
-class Canvas(gr.ImageEditor):
-    """Gives [h, w] uint8, 255 where painted, or None where nothing is."""
+def read(value: str | None) -> np.ndarray | None:
+    """Where the canvas is painted, [h, w] uint8, 255 = painted; None where nothing is.
 
-    def __init__(self, **more: Any):
-        super().__init__(type="numpy", sources=(), transforms=(), layers=False, format="png",
-                         brush=gr.Brush(default_size=40, colors=[(COLOR, 0.6)], color_mode="fixed"),
-                         eraser=gr.Eraser(default_size=40), **more)
-        self.blob_storage = _Recent()
-
-    def get_block_name(self) -> str:
-        """The browser's side is Gradio's."""
-        return "imageeditor"
-
-    def preprocess(self, payload: Any) -> np.ndarray | None:
-        """Raises:
-          gr.Error: no strokes of this canvas.
-        """
-        if payload is None:
-            return None
-        kept = payload if payload.id is None else self.blob_storage.pop(payload.id, None)
-        layers = [layer for layer in (kept.layers if kept else None) or () if layer is not None]
-        try:
-            masks = [_covered(layer if isinstance(layer, bytes) else layer.path) for layer in layers]
-        except UserError as error:
-            raise gr.Error(str(error), print_exception=False) from error
-        masks = [mask for mask in masks if mask.any()]
-        if len({mask.shape for mask in masks}) > 1:
-            raise gr.Error("layers of the canvas are of unequal sizes", print_exception=False)
-        return np.max(masks, axis=0) if masks else None
+    Raises:
+      UserError: no strokes of this canvas.
+    """
+    if not value:
+        return None
+    try:
+        if len(value) > LONGEST:
+            raise ValueError("too long")
+        url = json.loads(value)["mask"] if value.startswith("{") else value
+        mask = None if url is None else _covered(url)
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, SyntaxError, RecursionError) as error:
+        raise UserError("what is painted can't be read") from error
+    return mask if mask is not None and mask.any() else None
 
 
-def painted(picture: np.ndarray, mask: np.ndarray | None = None) -> dict[str, Any]:
+def painted(picture: np.ndarray, mask: np.ndarray | None = None) -> str:
     """What the canvas shows: a picture [h, w, 3] and, painted on it, a mask [h, w] (> 127 = painted)."""
-    layers = []
+    layer = None
     if mask is not None:
-        color = (*(int(COLOR[at:at + 2], 16) for at in (1, 3, 5)), 153)
-        layers = [np.where(mask[..., None] > 127, np.array(color, np.uint8), np.uint8(0))]
-    return {"background": picture, "layers": layers, "composite": None}
+        layer = _url(np.where(mask[..., None] > 127, np.array((255, 45, 111, 255), np.uint8), np.uint8(0)))
+    return json.dumps({"picture": _url(picture), "mask": layer})
 
 
-def _covered(source: bytes | str) -> np.ndarray:
+def _covered(url: str) -> np.ndarray:
     """Where a layer is painted, [h, w] uint8.
 
     Raises:
-      UserError: no picture of a canvas.
+      ValueError, OSError, SyntaxError: no PNG of a canvas.
     """
+    if not url.startswith(URL):
+        raise ValueError("no PNG")
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as layer:
-            if max(layer.size) > 2 * SIDE:
-                raise UserError(f"a layer of the canvas is {layer.width} x {layer.height} pixels; expected at most "
-                                f"{2 * SIDE} a side")
-            alpha = np.asarray(layer.convert("RGBA").getchannel("A"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError("a layer of the canvas can't be read") from error
-    return np.where(alpha > FAINT, np.uint8(255), np.uint8(0))
+        data = base64.b64decode(url[len(URL):], validate=True)
+    except binascii.Error as error:
+        raise ValueError("no base64") from error
+    with Image.open(io.BytesIO(data), formats=("PNG",)) as layer:
+        if max(layer.size) > SIDE:
+            raise ValueError("too large")
+        return np.where(np.asarray(layer.convert("RGBA").getchannel("A")) > FAINT, np.uint8(255), np.uint8(0))
 
 
-class _Recent(OrderedDict):
-    """A dict of the last KEPT entries."""
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        super().__setitem__(key, value)
-        self.move_to_end(key)
-        while len(self) > KEPT:
-            self.popitem(last=False)
+def _url(picture: np.ndarray) -> str:
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, "PNG")
+    return URL + base64.b64encode(file.getvalue()).decode()

@@ -29,6 +29,8 @@ def config(**optimizer):
     found.execution.remat = "full"
     return found
 
+pytestmark = pytest.mark.long  # two full training steps are compiled
+
 
 @pytest.fixture(scope="module")
 def steps():
@@ -77,7 +79,6 @@ def test_what_is_not_finite_changes_nothing(steps):
                  (state.params, state.opt_state, state.ema))
 
 
-@pytest.mark.long
 def test_a_run_in_bfloat16_is_taken_up_again(tmp_path):
     """Bit for bit: rounding is drawn from the seed and the step."""
     found = config(param_dtype="bfloat16", fused=True)

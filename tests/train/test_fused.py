@@ -18,6 +18,7 @@ from acejax.train.step import init_state, train_step
 from tests.train.small import losses, make_config, make_stream
 
 SIZES = ((12, 8),)
+pytestmark = pytest.mark.long  # two full training steps are compiled
 STREAM = make_stream(batch_sizes=SIZES)
 BATCH = STREAM[19].arrays
 DEEP = {"hidden_size": 128, "num_heads": 1, "axes_dim": (16, 56, 56), "depth": 8, "depth_single_blocks": 12}
@@ -28,8 +29,6 @@ def config(**optimizer):
     found.optimizer.update({"name": "adafactor", "clip": 0.0, "learning_rate": 1e-3} | optimizer)
     found.execution.remat = "full"
     return found
-
-pytestmark = pytest.mark.long  # two full training steps are compiled
 
 
 @pytest.fixture(scope="module")

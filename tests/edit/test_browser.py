@@ -30,10 +30,10 @@ def address():
 @pytest.fixture(scope="module")
 def browser():
     api = pytest.importorskip("playwright.sync_api", reason="the page is driven with playwright")
-    with api.sync_playwright() as playwright:
-        # Debian's own, as no other can be downloaded everywhere; root has no sandbox.
-        with playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"]) as started:
-            yield started
+    # Debian's own, as no other can be downloaded everywhere; root has no sandbox.
+    with api.sync_playwright() as playwright, playwright.chromium.launch(
+            executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"]) as started:
+        yield started
 
 
 @pytest.fixture

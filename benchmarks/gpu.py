@@ -10,7 +10,8 @@
 recomputes blocks. The peer (`benchmarks.torch_mmdit`) has the same architecture and first has to give the same numbers
 at tiny size. Each side is a process of its own, both take turns (`--rounds`), and each part ends within `--seconds`.
 What a side has no memory for is a row that says so. TFLOP/s and MFU are by `acejax.model.flops`: what is recomputed
-does not count. Where there is no GPU, all runs at tiny size on the CPU, and rows say "not measured".
+does not count. "compile s" is, of the peer, its first step. Where there is no GPU, all runs at tiny size on the CPU,
+and rows say "not measured".
 """
 
 import argparse
@@ -76,7 +77,7 @@ def main(argv: Sequence[str]) -> int:
                         help="what our LoRA steps recompute; the peer does or does not (default: full)")
     parser.add_argument("--repeats", type=int, help="measured steps a round (default: 20)")
     parser.add_argument("--rounds", type=int, help="turns of each side (default: 2)")
-    parser.add_argument("--seconds", type=float, default=580, help="a part may take (default: 580)")
+    parser.add_argument("--seconds", type=float, default=540, help="a part may take (default: 540)")
     parser.add_argument("--json", type=Path, default=None, help="write the figures there")
     args = parser.parse_args(argv)
     if unknown := sorted(set(args.parts) - set(PARTS)):

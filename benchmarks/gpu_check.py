@@ -72,7 +72,7 @@ def differences() -> dict[str, float]:
     torch_mmdit.load(peer, tensors(keymaps.to_foreign(config, params, "bfl")))
     given, (noise, sigma) = gpu_inputs.to_torch(batch, "cpu"), tensors({"n": noise, "s": sigma}).values()
     rope = peer.rotations(given["positions"][0], given["text"].shape[1])
-    image, guidance = torch.from_numpy(image), torch.ones_like(sigma)
+    image, guidance = torch.from_numpy(np.array(image)), torch.ones_like(sigma)
     with torch.inference_mode():
         made = peer.modulations(sigma, given["pooled"], guidance)
         found = {"velocity": difference(peer(image, given["text"], rope, made).numpy(), velocity)}

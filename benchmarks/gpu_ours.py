@@ -45,10 +45,10 @@ def denoise(work: Work) -> Ready:
 
     run, facts = _compiled(jax.jit(one), rest, features, latents, sigmas, made, jnp.int32(0))
 
-    def step(number: int) -> float:
+    def step(number: int) -> jax.Array:
         nonlocal latents
         latents = jax.block_until_ready(run(rest, features, latents, sigmas, made, jnp.int32(number % LEVELS)))
-        return latents[0, 0, 0, 0]
+        return latents
 
     return _ready(step, facts | {"attention": execution.attention, "modulation": "beforehand"})
 
@@ -86,7 +86,7 @@ def _training(work: Work, advance: Any, optimizer: OptimizerConfig, params: Any,
     jitted = jax.jit(functools.partial(advance, setting=setting, optimizer=moves), donate_argnums=0)
     run, found = _compiled(jitted, state, batches[0], frozen=frozen)
 
-    def step(number: int) -> float:
+    def step(number: int) -> jax.Array:
         nonlocal state
         state, metrics = jax.block_until_ready(run(state, batches[number % BATCHES], frozen=frozen))
         return metrics["loss"]

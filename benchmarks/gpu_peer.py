@@ -35,18 +35,18 @@ def denoise(work: Work) -> Ready:
         return model.modulations(sigmas[level].expand(work.samples), given["pooled"], guidance)
 
     @torch.inference_mode()
-    def euler(level: int, made: torch_mmdit.Made) -> float:
+    def euler(level: int, made: torch_mmdit.Made) -> torch.Tensor:
         nonlocal latents
         image = torch.cat((latents.to(torch.bfloat16), conditions), -1)
         velocity = model(image, given["text"], rope, made)
         latents = latents + (sigmas[level + 1] - sigmas[level]) * velocity
         _synchronize()
-        return latents[0, 0, 0]
+        return latents
 
     with torch.inference_mode():
         made = [modulations(level) for level in range(LEVELS)]
 
-    def each_time(number: int) -> float:
+    def each_time(number: int) -> torch.Tensor:
         with torch.inference_mode():
             return euler(number % LEVELS, modulations(number % LEVELS))
 
@@ -85,7 +85,7 @@ def _training(work: Work, model: torch_mmdit.MMDiT, facts: dict[str, Any], begin
                                                     jnp.bfloat16, seed), DEVICE) for seed in range(BATCHES)]
     rope = model.rotations(batches[0]["positions"][0], work.text)
 
-    def step(number: int) -> float:
+    def step(number: int) -> torch.Tensor:
         batch = batches[number % BATCHES]
         noise, sigma = torch.randn(batch["target"].shape, device=DEVICE), torch.randn(work.samples, device=DEVICE)
         begin()

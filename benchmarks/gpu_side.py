@@ -42,8 +42,8 @@ class Ready:
     """A side that can start.
 
     Attributes:
-      step: does the step of a number to its end, on a synchronised device, and returns something of what it made, to
-        tell whether that is finite; each step has other inputs than the one before.
+      step: does the step of a number to its end, on a synchronised device, and returns an array of what it made; each
+        step has other inputs than the one before.
       device: its name; None is no GPU, and then nothing is measured.
       peak: gigabytes that the device held at most.
       facts: what else the row shall say.
@@ -51,11 +51,11 @@ class Ready:
       warmed: is called when the first steps are done, before those that count.
     """
 
-    step: Callable[[int], float]
+    step: Callable[[int], Any]
     device: str | None
     peak: Callable[[], float]
     facts: dict[str, Any]
-    others: dict[str, Callable[[int], float]] = dataclasses.field(default_factory=dict)
+    others: dict[str, Callable[[int], Any]] = dataclasses.field(default_factory=dict)
     warmed: Callable[[], None] = lambda: None
 
 
@@ -70,9 +70,9 @@ def row(ready: Ready, repeats: int) -> dict[str, Any]:
     return found | {"device": ready.device or "no GPU", "finite": math.isfinite(last)}
 
 
-def timed(step: Callable[[int], float], repeats: int, warmed: Callable[[], None] = lambda: None
+def timed(step: Callable[[int], Any], repeats: int, warmed: Callable[[], None] = lambda: None
           ) -> tuple[float, list[float], float]:
-    """Seconds of the first step, milliseconds of `repeats` after `WARM`, and what the last one returned."""
+    """Seconds of the first step, milliseconds of `repeats` after `WARM`, and the sum of what the last one made."""
     times = []
     for number in range(WARM + repeats):
         if number == WARM:
@@ -80,7 +80,7 @@ def timed(step: Callable[[int], float], repeats: int, warmed: Callable[[], None]
         begin = time.perf_counter()
         last = step(number)
         times.append(1e3 * (time.perf_counter() - begin))
-    return times[0] / 1e3, times[WARM:], float(last)
+    return times[0] / 1e3, times[WARM:], float(last.sum())
 
 
 def out_of_memory(error: Exception) -> bool:

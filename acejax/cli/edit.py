@@ -71,6 +71,8 @@ def _check_flags(flag: Mapping[str, Any]) -> None:
         raise UserError(f"edit: --{given[0]} with --manifest, whose lines name their pictures")
     if flag["json"] and not epath.Path(flag["json"]).parent.exists():
         raise UserError(f"--json={flag['json']}: its folder is not there")
+    if flag["json"] and epath.Path(flag["json"]).is_dir():
+        raise UserError(f"--json={flag['json']} is a folder; expected a file to write")
 
 
 def _entries(flag: Mapping[str, Any]) -> list[Any]:
@@ -80,7 +82,9 @@ def _entries(flag: Mapping[str, Any]) -> list[Any]:
     try:
         seeds = [int(seed) for seed in flag["seed"]]
     except ValueError:
-        raise UserError(f"--seed={','.join(flag['seed'])}: expected whole numbers, such as 7 or 0,1,2") from None
+        seeds = []
+    if not seeds:
+        raise UserError(f"--seed={','.join(flag['seed'])}: expected whole numbers, such as 7 or 0,1,2")
     if flag["manifest"]:
         defaults = {name: flag[name] for name in ("prompt", "task", "size", "scale") if flag[name] is not None}
         return manifest.read(flag["manifest"], flag["out"], defaults, seeds)

@@ -1,6 +1,7 @@
 """The weights that `acejax edit` works with, and what a record says of them."""
 
 import dataclasses
+import math
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,7 @@ from acejax.data.encoders import EncodersConfig
 from acejax.data.hashes import Hashes
 from acejax.edit.editor import Editor
 from acejax.edit.profile import Profile
-from acejax.edit.record import File
+from acejax.edit.record import MOST_BATCH, File
 from acejax.errors import UserError
 from acejax.weights import hub
 
@@ -89,7 +90,7 @@ def _released(flags: Mapping[str, Any], loras: Sequence[Lora], parity: str | Non
     maps = {name: flags[name] for name in ("contour", "depth") if flags[name]}
     profile = Profile.of(models.config, parity)
     editor = Editor(profile, models.sample, models.encode_pictures, models.decode_latents, models.encode_prompts,
-                    lora=models.lora(loras), annotate=annotator(maps, parity))
+                    lora=models.lora(loras), annotate=annotator(maps, parity), batch=MOST_BATCH)  # --batch is less
     return editor, [("weights", path, checksum, None) for path, checksum in models.checksums()]
 
 
@@ -121,7 +122,9 @@ def lora(text: str) -> Lora:
     if not colon or epath.Path(text).exists():
         return text, 1.0
     try:
-        return path, float(scale)
+        if math.isfinite(strength := float(scale)):
+            return path, strength
+        raise ValueError
     except ValueError:
         if scale.startswith("//"):  # gs://...
             return text, 1.0

@@ -10,10 +10,9 @@ from etils import epath
 
 from acejax import fields
 from acejax.edit import files
-from acejax.edit.request import Request
+from acejax.edit.request import MOST_SEED, Request
 from acejax.errors import UserError
 
-MOST_SEED = 2**32 - 1
 PICTURES = ("image", "mask", "references", "control")
 
 
@@ -125,6 +124,10 @@ def read(path: epath.PathLike, out: epath.PathLike, defaults: Mapping[str, Any],
             entries += found
         except UserError as error:
             faults.append(f"{line}: {error}")
+    read = {str(epath.Path(name).resolve()): entry.line for entry in entries for _, name in entry.inputs}
+    for entry in entries:
+        if (other := read.get(str(epath.Path(entry.out).resolve()))) is not None:
+            faults.append(f"{entry.line}: out is {entry.out}, a picture that {other} reads")
     if faults:
         raise UserError(faults[0] + (f" ({len(faults)} lines have faults)" if len(faults) > 1 else ""))
     if not entries:

@@ -96,7 +96,9 @@ class Models:
         if self._mesh is not None:
             rules.check_heads(self._mesh, self.config.num_heads)
         first = make_mesh({"data": 1}, jax.local_devices()[:1])
-        self._encoders = Encoders.load(config.encoders, first, notes)
+        # What ACE_plus's LoRA inference does with prompts, its 448-channel model's does not.
+        reference = config.encoders.reference and self.config.in_channels == 384
+        self._encoders = Encoders.load(dataclasses.replace(config.encoders, reference=reference), first, notes)
         self._autoencoder = open_model(config.encoders.autoencoder, AutoencoderConfig)
         _, *widths = self._encoders.text_shape
         if widths != [self.config.context_in_dim, self.config.vec_in_dim]:
@@ -114,8 +116,9 @@ class Models:
         if new := [prompt for prompt in dict.fromkeys(prompts) if prompt not in known]:
             if self._how.staged:
                 self._sampler = None
-            text, pooled = map(np.asarray, self._encoders.prompts(new))
-            known = known | {prompt: (text[i], pooled[i]) for i, prompt in enumerate(new)}
+            for prompt in new:  # alone: one program for any number, and features that do not depend on the others'
+                text, pooled = self._encoders.prompts([prompt])
+                known = known | {prompt: (np.asarray(text)[0], np.asarray(pooled)[0])}
             if self._how.staged:
                 self._encoders.free_prompts()
             self._prompts = dict([*known.items()][-PROMPTS:])

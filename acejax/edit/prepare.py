@@ -7,7 +7,8 @@ import numpy as np
 
 from acejax.data import resize
 from acejax.data.canvas import Canvas, editing
-from acejax.data.layout import ASPECT, lay_editing
+from acejax.data.layout import ASPECT, lay_editing, visible
+from acejax.data.pictures import MOST_PIXELS
 from acejax.data.released import output
 from acejax.data.released_layout import TOKEN, Size
 from acejax.edit import crop, paste, tasks
@@ -62,6 +63,8 @@ def prepare(profile: Profile, request: Request, options: Options, annotate: Anno
         raise UserError(f"scale is {scale}; expected 0 to 1")
     _check_pictures(request)
     image, mask, size = _framed(profile, name, task, request)
+    if options.crop == "mask" and image is not None and (mask is None or parity):
+        raise UserError(f"crop is 'mask', and {'parity works on the whole picture' if parity else 'there is no mask'}")
     if image is None:
         shown = [_whole(profile, reference) for reference in request.references]
         return Prepared(request, name, prompt, editing(profile.canvas, None, None, shown, size, scale), None, None,
@@ -69,7 +72,7 @@ def prepare(profile: Profile, request: Request, options: Options, annotate: Anno
     if parity:
         seen = _annotated(image, mask, request.control, task.annotator, annotate, profile.canvas.parity)
         return Prepared(request, name, prompt, editing(profile.canvas, seen, mask, request.references, None, scale),
-                        image, mask, None, size)
+                        image, mask, None, visible(size)[2:])
     window, working = _window(profile, task, image, mask, request, options)
     seen, generate, control = (None if array is None else crop.cut(array, window, working)
                              for array in (image, mask, request.control))
@@ -99,6 +102,14 @@ def finish(prepared: Prepared, made: np.ndarray, options: Options) -> Result:
 
 
 def _check_pictures(request: Request) -> None:
+    given = {name: getattr(request, name) for name in ("image", "mask", "control")} | {
+        f"reference {at}": reference for at, reference in enumerate(request.references, 1)}
+    for name, array in given.items():
+        shape = (2, "[h, w] uint8") if name == "mask" else (3, "[h, w, 3] uint8")
+        if array is not None and (not isinstance(array, np.ndarray) or array.dtype != np.uint8 or array.ndim != shape[0]
+                                  or array.shape[2:] not in ((), (3,)) or not array.size):
+            found = f"{list(array.shape)} {array.dtype}" if isinstance(array, np.ndarray) else type(array).__name__
+            raise UserError(f"{name} is {found}; expected {shape[1]}")
     for name in ("mask", "control"):
         array = getattr(request, name)
         if array is None:
@@ -122,6 +133,9 @@ def _framed(profile: Profile, name: str, task: tasks.Task, request: Request
     if size is not None and (min(size) < SHORTEST or max(size) > ASPECT * min(size)) and image is None:
         raise UserError(f"size is {size[1]} x {size[0]} (width x height); expected at least {SHORTEST} a side and at "
                         f"most {ASPECT}:1")
+    if size is not None and size[0] * size[1] > MOST_PIXELS:
+        raise UserError(f"size is {size[1]} x {size[0]} (width x height); expected at most {MOST_PIXELS / 1e6:.0f} "
+                        "megapixels")
     if image is None:
         side = profile.side or 1024
         return None, None, size or (side, side)
@@ -156,8 +170,6 @@ def _window(profile: Profile, task: tasks.Task, image: np.ndarray, mask: np.ndar
         close = mask is not None and options.crop != "none"
         window = crop.square(mask, task.share, profile.side // CELL) if close else crop.whole_square(size)
         return window, (profile.side, profile.side)
-    if options.crop == "mask" and mask is None:
-        raise UserError("crop is 'mask', and there is no mask")
     seen = crop.middle(size)
     too_much = size != (seen.height, seen.width) or size[0] * size[1] > profile.canvas.max_tokens * TOKEN**2
     if mask is not None and (options.crop == "mask" or options.crop == "auto" and too_much):

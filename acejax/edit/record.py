@@ -46,6 +46,7 @@ class Record:
       task, prompt, told: the preset, the user's words, what the model was told.
       seed, steps, guidance, scale: as they were used.
       size, crop, paste, parity: of the result (width, height), and how.
+      asked: the size that was asked for (width, height), if any was.
       batch: its place among edits of equal shape that were made at once, and their number. Other batches may round
         otherwise.
       opened: the flags that name the weights; paths start at the result's folder.
@@ -67,12 +68,16 @@ class Record:
     paste: str
     parity: str | None
     batch: tuple[int, int]
-    opened: Mapping[str, Any]
+    opened: Mapping[str, bool | str | None]
     files: tuple[File, ...]
+    asked: tuple[int, int] | None
 
     def __post_init__(self):
         if not 0 <= self.batch[0] < self.batch[1] <= MOST_BATCH:
             raise UserError(f"batch is {self.batch}")
+        fields = [file.field for file in self.files]
+        if twice := [name for name in ("image", "mask", "control") if fields.count(name) > 1]:
+            raise UserError(f"{twice[0]} is there twice")
 
     def text(self) -> str:
         """As JSON."""
@@ -98,9 +103,9 @@ class Record:
                 raise UserError(f"the edit has {len(found)} {name}; found {len(now)}")
             paths[name] = now or found
         references = tuple(paths.pop("references"))
-        return Entry(str(out), self.prompt, self.task, references=references, size="{}x{}".format(*self.size),
-                     scale=self.scale, seed=self.seed, **{name: found[0] if found else None
-                                                          for name, found in paths.items()})
+        size = self.asked and "{}x{}".format(*self.asked)
+        return Entry(str(out), self.prompt, self.task, references=references, size=size, scale=self.scale,
+                     seed=self.seed, **{name: found[0] if found else None for name, found in paths.items()})
 
     @property
     def options(self) -> Options:
@@ -115,7 +120,7 @@ def make(profile: Profile, request: Request, options: Options, result: Result, b
                   request.seed, profile.steps_of(options.steps), profile.guidance_of(options.guidance),
                   float(profile.scale(task) if request.scale is None else request.scale),
                   result.picture.shape[1::-1], options.crop, options.paste, profile.canvas.parity, batch, dict(opened),
-                  tuple(used))
+                  tuple(used), request.size and request.size[::-1])
 
 
 def read(path: epath.PathLike) -> Record:
@@ -132,7 +137,11 @@ def read(path: epath.PathLike) -> Record:
         if found.pop("form") != FORM:
             raise UserError("of another version of acejax")
         found["files"] = tuple(_typed(File, file) for file in found["files"])
-        return _typed(Record, found)
+        record = _typed(Record, found)
+        printed = [record.acejax, record.jax, record.platform, *(file.path for file in record.files)]
+        if odd := [text for text in printed if not text.isprintable()]:
+            raise UserError(f"found {ascii(odd[0])}")
+        return record
     except (UserError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: its record can't be read: {' '.join(str(error).split())[:200]}") from error
 
@@ -145,9 +154,12 @@ def changes(record: Record, entry: Entry, found: Sequence[File] | None) -> list[
       found: weights and LoRAs, as they are now; None: they are not looked at.
     """
     told = [] if record.acejax == acejax.__version__ else [f"acejax was {record.acejax}, is {acejax.__version__}"]
-    before = [file for file in record.files if file.field in PICTURES]
-    for file, (name, path) in zip(before, entry.inputs, strict=True):
+    before = {name: iter([file for file in record.files if file.field == name]) for name in PICTURES}
+    for name, path in entry.inputs:
+        file = next(before[name])
         try:
+            if "://" not in path and not os.path.isfile(path):  # a device has no end
+                raise UserError("no file")
             checksum = hashlib.sha256(pictures.read(path)).hexdigest()
         except UserError:
             told.append(f"{name} {path} is not there")

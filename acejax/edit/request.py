@@ -7,6 +7,7 @@ import numpy as np
 from acejax.edit.crop import Crop
 from acejax.errors import UserError
 
+MOST_SEED = 2**32 - 1
 CROPS, PASTES = ("auto", "mask", "none"), ("feather", "off")
 
 
@@ -35,6 +36,10 @@ class Request:
     size: tuple[int, int] | None = None
     scale: float | None = None
     seed: int = 0
+
+    def __post_init__(self):
+        if not 0 <= self.seed <= MOST_SEED:
+            raise UserError(f"seed is {self.seed}; expected 0 to {MOST_SEED}")
 
 
 @dataclasses.dataclass(frozen=True)

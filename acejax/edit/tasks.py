@@ -101,7 +101,7 @@ def infer(tasks: Mapping[str, Task], prompt: str, image: bool, mask: bool, refer
       UserError: there is none.
     """
     for name, task in tasks.items():
-        if prompt.lower().startswith(task.starts) and not _faults(task, image, mask, references):
+        if prompt.strip().lower().startswith(task.starts) and not _faults(task, image, mask, references):
             return name
     raise UserError(f"no task takes {_listed(image, mask, references)}; the tasks are {', '.join(tasks)}")
 
@@ -123,7 +123,7 @@ def phrase(name: str, task: Task, prompt: str, raw: bool = False) -> str:
     said = prompt.strip() or task.prompt
     if said is None:
         raise UserError(f"task {name} ({task.about}): the prompt is empty; expected what to make")
-    if raw or not prompt.strip() or "{image}" in said:
+    if raw or "{image}" in said:
         return said
     return task.form.replace("{prompt}", said)
 

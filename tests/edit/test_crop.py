@@ -89,6 +89,16 @@ def test_the_window_goes_back_where_it_was():
     assert pasted[100, 150].max() < 40 and pasted[70, 150].min() > 200, "inside the mask the result stands"
 
 
+@pytest.mark.parametrize("width", [1, 3, 10, 20])
+def test_a_thin_mask_is_not_lost_in_its_feather(width):
+    image = np.zeros((400, 400, 3), np.uint8)
+    for top, bottom in ((200, 200 + width), (0, 120)):  # alone, and beside a broad one
+        mask = mask_of((400, 400), 200, 50, 200 + width, 350)
+        mask[top:bottom, 50:170] = 255
+        pasted = feather(image, 255 - image, mask, middle((400, 400)), 16)
+        assert pasted[200:200 + width, 60:340].max(0).min() > 180 and not pasted[mask == 0].any()
+
+
 def test_drift_needs_something_to_keep():
     image = picture(20, 20)
     assert drift(image, 255 - image, np.full((20, 20), 255, np.uint8), middle((20, 20))) is None

@@ -150,6 +150,8 @@ def test_parity_hands_out_what_the_released_code_does():
     (result,) = editor.edit([Request("x", None, image, references=(picture(50, 50),))])
     assert result.picture.shape == (100, 90, 3) and result.tokens == 6 * 11
     assert result.picture[0, 0, 0] == pytest.approx(96 + 30, abs=1)
+    (result,) = editor.edit([Request("x", None, picture(40, 320), references=(picture(50, 50),))])
+    assert result.picture.shape == (40, 160, 3), "no more than 4:1 is seen"
 
 
 @pytest.mark.parametrize("request_, message", [
@@ -171,6 +173,20 @@ def test_mistakes(request_, message):
     with pytest.raises(UserError, match=message):
         editor.edit([Request("fine", image=picture(64, 64)), Request(**request_)])
     assert not editor.canvases, "nothing is begun"
+
+
+@pytest.mark.parametrize("more, message", [
+    (dict(image=np.zeros((64, 64, 3))), r"image is \[64, 64, 3\] float64; expected \[h, w, 3\] uint8"),
+    (dict(image=np.zeros((64, 64, 4), np.uint8)), r"image is \[64, 64, 4\] uint8"),
+    (dict(image=np.zeros((64, 64), np.uint8)), r"image is \[64, 64\] uint8"),
+    (dict(image="photo.png"), r"image is str; expected \[h, w, 3\] uint8"),
+    (dict(image=picture(64, 64), mask=np.ones((64, 64), bool)), r"mask is \[64, 64\] bool; expected \[h, w\] uint8"),
+    (dict(image=picture(64, 64), references=[np.zeros((9, 9))]), r"reference 1 is \[9, 9\] float64"),
+    (dict(size=(99_999, 99_999)), "at most 179 megapixels"), (dict(seed=2**32), "seed is 4294967296; expected 0 to"),
+    (dict(image=picture(64, 64), options=Options(crop="mask")), "crop is 'mask', and there is no mask")])
+def test_mistakes_from_python(more, message):
+    with pytest.raises(UserError, match=message):
+        White()(None, "x", **more)
 
 
 def test_mistakes_in_how():

@@ -45,6 +45,7 @@ def test_lines_become_edits(write, tmp_path):
     ({"size": "640"}, "edits.jsonl:2: size is '640'; expected WIDTHxHEIGHT"),
     ({"out": "../x.png"}, r"edits.jsonl:2: out is '../x.png'; expected a file below"),
     ({"out": "x.txt"}, "edits.jsonl:2: .*'.txt' names no picture format"),
+    ({"image": "00003.png", "out": "o.png"}, r"edits.jsonl:3: out is .*00003.png, a picture that edits.jsonl:2 reads"),
     ({"out": "00001.png"}, r"edits.jsonl:2: out is .*00001.png, as in edits.jsonl:1"),
 ])
 def test_faults_are_named_by_line(write, tmp_path, line, message):

@@ -72,6 +72,9 @@ def test_the_edit_comes_back_wherever_its_folder_is(kept, tmp_path, monkeypatch)
     for name in ("in", "out"):
         shutil.move(tmp_path / name, moved / name)
     assert record.changes(about, about.entry(moved / "out", moved / "out" / "o.png", {}), WEIGHTS) == []
+    files_ = about.files
+    painted = dataclasses.replace(about, files=(*files_[:1], *files_[2:], files_[1]))  # the page's own mask comes last
+    assert record.changes(painted, painted.entry(moved / "out", moved / "out" / "o.png", {}), WEIGHTS) == []
     lost = record.changes(about, about.entry(tmp_path / "out", moved / "out" / "o.png", {}), WEIGHTS)
     assert len(lost) == 4 and lost[0] == f"image {tmp_path}/in/a.png is not there"
     told = {"image": str(moved / "in/a.png"), "mask": str(moved / "in/m.png"),
@@ -80,6 +83,15 @@ def test_the_edit_comes_back_wherever_its_folder_is(kept, tmp_path, monkeypatch)
     assert len(swapped) == 2 and all("references" in line and "has changed" in line for line in swapped)
     with pytest.raises(UserError, match="has 2 references; found 1"):
         about.entry(tmp_path, out, {"references": ["x.png"]})
+
+
+def test_the_size_is_the_one_asked_for(kept, tmp_path):
+    """With parity a result is smaller than its picture; and a device is no picture to read."""
+    out, about, entry = kept
+    assert about.asked is None and about.entry(out.parent, out, {}).size is None
+    assert dataclasses.replace(about, asked=(30, 20)).entry(out.parent, out, {}).size == "30x20"
+    endless = dataclasses.replace(about, files=(dataclasses.replace(about.files[0], path="/dev/zero"),))
+    assert record.changes(endless, endless.entry(out.parent, out, {}), None) == ["image /dev/zero is not there"]
 
 
 def test_each_change_is_named(kept):
@@ -105,7 +117,8 @@ def test_no_record_and_damaged_ones(kept, tmp_path):
     with pytest.raises(UserError, match="o.jpg: no record"):
         record.read(tmp_path / "o.jpg")
     good = json.loads(about.text())
-    for change in ({"form": 2}, {"seed": "7"}, {"files": [{}]}, {"files": 3}, {"batch": [0, 10**9]}, {"size": [1]}):
+    for change in ({"form": 2}, {"seed": "7"}, {"files": [{}]}, {"files": 3}, {"batch": [0, 10**9]}, {"size": [1]},
+                   {"opened": {"mesh": 5}}, {"files": [good["files"][0]] * 2}, {"jax": "\x1b[31m"}):
         files.write_picture(out, PICTURE, {record.KEY: json.dumps(good | change)})
         with pytest.raises(UserError, match="o.png: its record can't be read"):
             record.read(out)

@@ -60,6 +60,8 @@ def test_words_are_put_in_the_form_that_a_task_was_trained_with():
     assert tasks.phrase("local_editing", local, "a hat", raw=True) == "a hat"
     assert tasks.phrase("local_editing", local, "a hat on {image}") == "a hat on {image}"
     assert tasks.phrase("try_on", tasks.TASKS["try_on"], " ") == "The person wears these clothes."
+    assert tasks.phrase("face_swap", tasks.TASKS["face_swap"], "") == (
+        "Maintain the facial features. The face faces the camera.")
     with pytest.raises(UserError, match="the prompt is empty"):
         tasks.phrase("portrait", tasks.TASKS["portrait"], "")
 

@@ -62,10 +62,10 @@ def main(argv: list[str]) -> int:
     """
     parser = argparse.ArgumentParser(prog="acejax bench lora", formatter_class=argparse.RawDescriptionHelpFormatter,
                                      description=__doc__)
-    parser.add_argument("--steps", type=int, default=1500, help="of each training (default: 1500)")
+    parser.add_argument("--steps", type=int, default=600, help="of each training (default: 600)")
     parser.add_argument("--rank", type=int, default=16, help="of the LoRA (default: 16)")
-    parser.add_argument("--samples", type=int, default=1200, help="training samples (default: 1200)")
-    parser.add_argument("--test", type=int, default=96, help="test samples (default: 96)")
+    parser.add_argument("--samples", type=int, default=500, help="training samples (default: 500)")
+    parser.add_argument("--test", type=int, default=64, help="test samples (default: 64)")
     parser.add_argument("--workdir", help="keep the runs there, and go on with what is there")
     parser.add_argument("--json", metavar="FILE", help="write the figures there")
     args = parser.parse_args(argv)

@@ -9,7 +9,11 @@ import pytest
 EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
 
 
-@pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.glob("*.py")))
+NAMES = sorted(path.name for path in EXAMPLES.glob("*.py"))
+
+
+@pytest.mark.parametrize("name", [name if name == "edit_photo.py" else pytest.param(name, marks=pytest.mark.long)
+                                  for name in NAMES])
 def test_example(name, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [name, str(tmp_path / "out.png")])
     found = runpy.run_path(str(EXAMPLES / name))

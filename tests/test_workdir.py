@@ -86,8 +86,8 @@ def test_a_run_whose_lease_was_taken_over_stops(tmp_path, capfd):
     """It was silent for so long that another run took it for dead: it neither signs nor removes the other's lease."""
     place, other = tmp_path / "run", {"host": "elsewhere", "pid": 1, "since": "now", "beat": 1}
     with pytest.raises(KeyboardInterrupt), workdir._lease(place, 0.2):
-        (place / workdir.LOCK).write_text(json.dumps(other))
-        for _ in range(100):  # a long sleep would not be interrupted
+        for _ in range(100):  # again, as a signature may have been on its way; a long sleep would not be interrupted
+            (place / workdir.LOCK).write_text(json.dumps(other))
             time.sleep(0.1)
     assert json.loads((place / workdir.LOCK).read_text()) == other
     assert "is in use by process 1 on elsewhere" in capfd.readouterr().err

@@ -14,6 +14,7 @@ BENCHMARKS = {"concat": "conditions as channels against conditions as tokens: FL
               "stages": "the two stages of training, from a text-to-image model, against skipping the first",
               "lora": "a LoRA and a QLoRA that teach the small weights what they lack, against a shuffled control",
               "data": "the data path against Pillow's limit and a PyTorch DataLoader: pictures a second, memory",
+              "gpu": "the 12B model on one GPU beside PyTorch: denoiser step, LoRA, QLoRA, fused full fine-tune",
               "plan": "the plan of the 12B training step against XLA's own figures on 8, 64 and 256 virtual devices"}
 
 

@@ -218,8 +218,8 @@ def _advice(run: TrainConfig, found: Plan, buckets: Mapping[int, int], most: flo
         names[name.partition("=")[0]] = name
         if len(names) > 1 and fits(together):
             return f"{' and '.join(names.values())} make it fit"
-    one_card = dataclasses.replace(run.optimizer, **ONE_CARD)
-    if found.devices == 1 and fits(dataclasses.replace(run, optimizer=one_card)):
+    one_card = dataclasses.replace(run, optimizer=dataclasses.replace(run.optimizer, **ONE_CARD))
+    if found.devices == 1 and run.lora is None and run.execution.remat == "full" and fits(one_card):
         return f"config.optimizer of {', '.join(f'{name}={value}' for name, value in ONE_CARD.items())} makes it fit"
     for power in range(1, 11):
         factor = 2**power
@@ -247,7 +247,7 @@ def _changes(run: TrainConfig, found: Plan, buckets: Mapping[int, int]) -> Itera
         yield f"config.execution.attention={fast}", execution(attention=fast)
     rows = math.gcd(*buckets.values()) // (found.mesh["data"] * found.mesh["fsdp"])
     for parts in (2**power for power in range(1, 11)):
-        if parts > run.optimizer.accumulate and rows % parts == 0:
+        if parts > run.optimizer.accumulate and rows % parts == 0 and not run.optimizer.fused:
             yield f"config.optimizer.accumulate={parts}", optimizer(accumulate=parts)
     if run.lora and run.lora.base not in KINDS:
         yield "config.lora.base=int8", lambda run: dataclasses.replace(

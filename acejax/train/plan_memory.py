@@ -45,6 +45,12 @@ def _block(config: MMDiTConfig) -> int:
     return 2 * config.hidden_size * (10 * config.hidden_size + 2 * config.mlp_size)
 
 
+def _outside(config: MMDiTConfig) -> int:
+    """Weights of the kernels that lie in no block, but for those of the time and guidance embedders' 256 inputs."""
+    ends = config.in_channels + config.out_channels + config.context_in_dim + config.vec_in_dim
+    return config.hidden_size * (ends + (4 + config.guidance_embed) * config.hidden_size)
+
+
 def _two_blocks(config: MMDiTConfig, itemsize: int) -> float:
     """One in use and the next one on its way."""
     return 2 * itemsize * _block(config)
@@ -86,7 +92,7 @@ class Memory:
       gathered: weights of the block at work, from all devices.
       vectors: modulation of all samples: its kernels, a quarter of the weights, are not gathered, each device
         multiplies its rows with the vectors of all.
-      updating: what Muon's update needs more than the backward pass.
+      updating: what Muon's update needs more than the backward pass, and a fused step's beside it.
       reserve: see Backend.
     """
 
@@ -142,13 +148,18 @@ def memory(run: TrainConfig, mesh: AbstractMesh, samples: int, image: int, text:
     vectors = 4 * samples / accumulate * model.hidden_size * VECTORS
     size = jnp.dtype(run.optimizer.param_dtype).itemsize
     summed = 4 / size * parameters  # as float32
-    gradients = parameters + (summed if accumulate > 1 else 0)
+    if run.optimizer.fused:
+        gradients = size * (_block(model) + _outside(model))
+    else:
+        gradients = parameters + (summed if accumulate > 1 else 0)
     backward = gradients + saved + working + gathered + vectors
+    updating = {"muon": max(MUON * parameters - backward, 0.0),
+                "adafactor": run.optimizer.fused * 4.0 * 6 * model.hidden_size**2}  # the largest kernel's, in float32
     return Memory(
         frozen=frozen, parameters=parameters, optimizer=optimizer, average=summed if run.optimizer.ema else 0.0,
         batch=sum(leaf.size * leaf.dtype.itemsize for leaf in batch.values()) * samples / rules.batch_parts(mesh),
         gradients=gradients, saved=saved, working=working, gathered=gathered, vectors=vectors,
-        updating=max(MUON * parameters - backward, 0.0) if run.optimizer.name == "muon" else 0.0, reserve=held.reserve)
+        updating=updating.get(run.optimizer.name, 0.0), reserve=held.reserve)
 
 
 def _logits(run: TrainConfig, samples: float, tokens: int, held: Backend) -> float:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from acejax import UserError
-from acejax.data.canvas import contents, denormalize, editing, normalize, restore, training
+from acejax.data.canvas import contents, denormalize, editing, normalize, training
 from acejax.data.layout import CanvasConfig, lay
 from tests.data import random_pictures
 
@@ -108,11 +108,6 @@ def test_uint8_goes_there_and_back():
     values = np.arange(256, dtype=np.uint8)
     np.testing.assert_array_equal(denormalize(normalize(values)), values)
     np.testing.assert_array_equal(denormalize(np.array([-3.0, 3.0])), [0, 255])
-
-
-def test_what_is_seen_of_a_picture_comes_back():
-    result, (top, left, height, width) = restore(picture(64, 256), (50, 300))
-    assert result.shape == (50, 200, 3) and (top, left, height, width) == (0, 50, 50, 200)
 
 
 @pytest.mark.parametrize("call, message", [

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from acejax import UserError
-from acejax.data.canvas import contents, editing, restore, training
+from acejax.data.canvas import contents, editing, training
 from acejax.data.layout import TOKEN, CanvasConfig, Layout, lay, visible
 from tests.counts import count
 from tests.data.random_pictures import constant, sizes
@@ -109,25 +109,6 @@ def assert_colours(widths, canvas, references, target) -> None:
         assert len(rows) == rows[-1] - rows[0] + 1 and abs(rows[0] - (len(unit) - 1 - rows[-1])) <= 1, "not centred"
         np.testing.assert_allclose(unit[rows], np.broadcast_to(colour, unit[rows].shape) / 127.5 - 1, atol=1e-6)
     np.testing.assert_allclose(last, np.broadcast_to(target, last.shape) / 127.5 - 1, atol=1e-6)
-
-
-def test_a_result_goes_back_to_where_it_is_from():
-    """At the size of what is seen, in the picture's middle; the whole picture up to 4:1."""
-    rng = np.random.default_rng(8)
-    for number in range(count(100, 1000)):
-        size = sizes(rng, 1, 500, 12)
-        layout = lay(CanvasConfig(max_tokens=int(rng.choice([64, 4096]))), size)
-        result = constant((layout.height, layout.target_width), COLOURS[number % 5])
-        restored, (top, left, height, width) = restore(result, size)
-        assert restored.shape == (height, width, 3) and (restored == COLOURS[number % 5]).all()
-        assert (height, width) == (min(size[0], 4 * size[1]), min(size[1], 4 * size[0]))
-        assert 0 <= size[0] - height - 2 * top <= 1 and 0 <= size[1] - width - 2 * left <= 1
-
-
-def test_a_picture_within_the_budget_and_on_the_lines_comes_back_bit_by_bit():
-    picture = np.random.default_rng(9).integers(0, 256, (48, 80, 3), np.uint8)
-    canvas = editing(CanvasConfig(), picture, references=[picture[:30, :50]])
-    np.testing.assert_array_equal(restore(canvas.source[:, -canvas.widths[-1]:], picture.shape[:2])[0], picture)
 
 
 def test_sizes_that_are_none():

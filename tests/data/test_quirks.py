@@ -10,10 +10,14 @@ from PIL import Image
 from acejax import UserError
 from acejax.data import latents
 from acejax.data.augment import AugmentConfig
-from acejax.data.canvas import Canvas, contents, editing, restore, training
+from acejax.data.canvas import Canvas, contents, editing, training
 from acejax.data.layout import CanvasConfig, lay
 from acejax.data.prepare import plan
 from acejax.data.sample import Sample
+from acejax.edit.prepare import finish, prepare
+from acejax.edit.profile import Profile
+from acejax.edit.request import Options, Request
+from acejax.edit.tasks import TASKS
 from tests.data.random_pictures import constant, mask, picture
 
 RNG = np.random.default_rng(0)
@@ -187,7 +191,9 @@ def test_a_result_has_the_pictures_size_with_and_without_a_reference():
     """Released: without a reference it stays as small as the canvas; with one, 30 columns are lost to the seam."""
     image = picture(RNG, (100, 150))
     for references in ((), (picture(RNG, (60, 50)),)):
-        canvas = editing(CanvasConfig(max_tokens=24), image, references=references)
-        unit = canvas.source[:, -canvas.widths[-1]:]
-        assert unit.shape[:2] == (64, 96)
-        assert restore(unit, image.shape[:2])[0].shape == image.shape
+        for parity, size in ((None, (100, 150)), ("reference", (100, 150) if references else (64, 96))):
+            profile = Profile("few tokens", TASKS, CanvasConfig(max_tokens=24, parity=parity), 1, None)
+            prepared = prepare(profile, Request("x", image=image, references=references), Options(), None)
+            widths = prepared.canvas.widths if parity else prepared.canvas.widths[-1:]
+            made = np.zeros((len(prepared.canvas.mask), sum(widths), 3), np.uint8)
+            assert finish(prepared, made, Options()).picture.shape[:2] == size

@@ -18,9 +18,10 @@ from acejax.train.step import init_state, train_step
 from tests.train.small import losses, make_config, make_stream
 
 SIZES = ((12, 8),)
+pytestmark = pytest.mark.long  # two full training steps are compiled
 STREAM = make_stream(batch_sizes=SIZES)
 BATCH = STREAM[19].arrays
-DEEP = {"hidden_size": 128, "num_heads": 1, "axes_dim": (16, 56, 56), "depth": 4, "depth_single_blocks": 6}
+DEEP = {"hidden_size": 128, "num_heads": 1, "axes_dim": (16, 56, 56), "depth": 8, "depth_single_blocks": 12}
 
 
 def config(**optimizer):
@@ -60,7 +61,7 @@ def test_updates_are_those_of_the_ordinary_step(steps):
 
 
 def test_no_gradient_tree(steps):
-    state, (ordinary, fused) = (steps[0], steps[1])
+    state, (ordinary, fused) = steps
     stacked = sum(leaf.nbytes for leaf in jax.tree.leaves(apart(state.params)[0]))
     assert ordinary.memory_analysis().temp_size_in_bytes > stacked
     assert fused.memory_analysis().temp_size_in_bytes < stacked / 2

@@ -103,6 +103,7 @@ def test_when_a_process_is_killed_the_other_says_so_and_its_last_checkpoint_rest
         done.kill()
 
 
+@pytest.mark.long
 def test_a_coordinator_that_is_not_there_is_named_in_time(tmp_path):
     script = ("from acejax.parallel import processes\n"
               "with processes.joined('localhost:{}', 2, {}, patience=3): pass")

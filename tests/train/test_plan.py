@@ -9,7 +9,7 @@ from acejax.errors import UserError
 from acejax.parallel.chips import topology
 from acejax.parallel.mesh import abstract_mesh
 from acejax.train.config import ExecutionConfig, LoraConfig, OptimizerConfig, TrainConfig
-from acejax.train.plan import plan
+from acejax.train.plan import ONE_CARD, plan
 from acejax.train.plan_memory import memory
 
 PARAMETERS = 11_902_587_968  # FLUX with 448 channels
@@ -85,6 +85,8 @@ def test_memory_by_hand():
     (8, 8, 4096, {"fsdp": 8}, {}, {"name": "muon"}, 11.976, 15.930),
     (16, 16, 4096, {"fsdp": 16}, {}, {"name": "muon"}, 6.010, 8.201),
     (64, 64, 4096, {"fsdp": 64}, {}, {"name": "muon"}, 1.535, 4.192),
+    (1, 1, 4096, {}, {}, {"name": "adafactor", "param_dtype": "bfloat16"}, 23.915, 27.061),
+    (1, 1, 4096, {}, {}, ONE_CARD, 23.915, 4.460),
 ])
 def test_memory_is_what_xla_found(devices, samples, image, mesh, execution, optimizer, given, beside):
     run = change(change(CHUNKED, "execution", **execution), "optimizer", **optimizer)
@@ -111,7 +113,11 @@ def test_memory_of_a_lora_is_what_xla_found(base, given, beside):
     (change(RUN, "optimizer", ema=0.999), "v5e-24", 1, "config.optimizer.ema=0 makes it fit"),
     (LORA, "v6e-1", 1, "config.lora.base=int8 makes it fit"),
     (RUN, "h100x1", 1, "config.optimizer of name=adafactor, param_dtype=bfloat16, fused=True, clip=0.0, accumulate=1 "
-     "makes it fit"),
+                       "makes it fit"),
+    (change(RUN, "optimizer", **ONE_CARD), "a100-40x1", 6, "4 devices, sharded over fsdp with "
+                                                           "config.execution.attention=cudnn, make it fit"),
+    (RUN, "v5e-1", 1, "32 devices, sharded over fsdp, make it fit"),
+    (RUN, "h100x2", 1, "4 devices, sharded over fsdp with config.execution.attention=cudnn, make it fit"),
 ])
 def test_what_does_not_fit_is_told_what_would(run, name, samples, advice):
     found = of(run, name, samples)

@@ -89,8 +89,8 @@ def test_a_model_that_knows_the_target_is_scored_best(mesh, monkeypatch):
     """The velocity of the sample itself, (x - x0) / sigma, ends at x0; prompts are found by the whole table's index."""
     step = setting(mesh)
 
-    def perfect(config, params, seen, execution):
-        noisy, x0, sigma = seen
+    def perfect(config, *, tokens, execution, params):
+        noisy, x0, sigma = tokens
         return (noisy - x0) / sigma[:, None, None]
 
     monkeypatch.setattr(samples, "tokens", lambda config, batch, noisy, sigma, _: (noisy, batch["target"], sigma))

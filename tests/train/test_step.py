@@ -85,7 +85,7 @@ def test_noise_is_the_steps(state):
     assert losses[0] == losses[1] != losses[2]
 
 
-@pytest.mark.parametrize("channels", count([64, 384], [64, 384, 448]))
+@pytest.mark.parametrize("channels", count([384], [64, 384, 448]))
 def test_every_width_trains(channels):
     """64 sees no picture to edit: its loss does not depend on one."""
     setting = dataclasses.replace(SETTING, config=dataclasses.replace(SETTING.config, in_channels=channels))

@@ -1,4 +1,4 @@
-"""Edit a photo from Python with the small weights: insert, recolour, remove. `python examples/edit_photo.py out.png`"""
+"""Edit a photo from Python with the small weights: insert, then recolour. `python examples/edit_photo.py out.png`"""
 
 import sys
 

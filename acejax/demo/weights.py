@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from acejax.adapt.lora import combine
@@ -37,8 +38,15 @@ def save_autoencoder(path: epath.PathLike, autoencoder: Autoencoder) -> None:
 
 
 def load_autoencoder(path: epath.PathLike) -> Autoencoder:
-    """What `save_autoencoder` wrote, in float32."""
-    return {name: value.astype(np.float32) for name, value in load_file(path).items()}
+    """What `save_autoencoder` wrote, in float32.
+
+    Raises:
+      UserError: a file that is not there, or can't be read.
+    """
+    try:
+        return {name: value.astype(np.float32) for name, value in load_file(path).items()}
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: no autoencoder that can be read ({error})") from error
 
 
 def save(folder: epath.PathLike, config: MMDiTConfig, params: Any, autoencoder: Autoencoder, size: int,
@@ -64,7 +72,12 @@ def read_note(folder: epath.PathLike = SHIPPED) -> dict[str, Any]:
     path = epath.Path(folder) / "weights.json"
     if not path.exists():
         raise UserError(f"{folder}: no demo weights there (weights.json, mmdit.safetensors, autoencoder.safetensors)")
-    return json.loads(path.read_text())
+    try:
+        note = json.loads(path.read_text())
+        MMDiTConfig(**note["config"]), note["size"], note["euler_steps"], note["autoencoder"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not the note of a demo's weights ({' '.join(str(error).split())[:100]})") from error
+    return note
 
 
 def load_editor(folder: epath.PathLike = SHIPPED, steps: int | None = None,

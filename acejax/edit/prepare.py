@@ -176,7 +176,10 @@ def _window(profile: Profile, task: tasks.Task, image: np.ndarray, mask: np.ndar
         window = crop.around(mask, task.share)
         wanted = crop.working_size(window, profile.canvas.max_tokens)
     else:
-        window, wanted = seen, (seen.height, seen.width)
+        part = np.s_[seen.top:seen.top + seen.height, seen.left:seen.left + seen.width]
+        beyond = mask is not None and np.count_nonzero(mask > 127) > np.count_nonzero(mask[part] > 127)
+        window = Crop(0, 0, *size) if beyond else seen  # squeezed to 4:1 where it is longer, and stretched again
+        wanted = window.height, window.width
     layout = lay_editing(profile.canvas, wanted, [reference.shape[:2] for reference in request.references])
     return window, (layout.height, layout.target_width)
 

@@ -2,15 +2,17 @@
 
 import json
 import pathlib
+import shutil
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from acejax import UserError
 from acejax.cli.main import main
 from acejax.demo import evaluate, job
 from acejax.demo.pictures import TASKS, samples
-from acejax.demo.weights import load_autoencoder, load_editor, read_note
+from acejax.demo.weights import SHIPPED, load_autoencoder, load_editor, read_note
 from acejax.edit.files import read_picture
 
 SMALL = ("--config.steps=30 --config.data.samples=40 --config.evaluate.samples=6 --config.evaluate.held=4 "
@@ -124,3 +126,13 @@ def test_the_finer_kind_of_weights_at_another_size(tmp_path):
     picture = next(samples(1, "remove", 5, "test", 120)).image
     result = load_editor(tmp_path / "weights", steps=1)(None, "remove it", image=picture)
     assert result.shape == picture.shape
+
+
+@pytest.mark.parametrize("file, text", [("weights.json", "{"), ("weights.json", "{}"), ("autoencoder.safetensors", "x"),
+                                        ("autoencoder.safetensors", None)])
+def test_weights_that_cannot_be_read_are_named(tmp_path, file, text):
+    shutil.copytree(SHIPPED, tmp_path / "weights")
+    path = tmp_path / "weights" / file
+    path.unlink() if text is None else path.write_text(text)
+    with pytest.raises(UserError, match=file):
+        load_editor(tmp_path / "weights")

@@ -66,9 +66,10 @@ def test_random_sizes_masks_and_references():
         np.testing.assert_array_equal(image, before)
         window = result.window
         seen = mask[window.top:window.top + window.height, window.left:window.left + window.width]
-        assert crop == "none" or (seen > 0).sum() == (mask > 0).sum(), "the window holds the whole mask"
+        assert (seen > 0).sum() == (mask > 0).sum(), "the window holds the whole mask"
         canvas = editor.canvases[0]
         assert sum(canvas.widths) == canvas.mask.shape[1] and all(width % 16 == 0 for width in canvas.widths)
+        assert (result.picture[mask > 0] > image[mask > 0]).any(), "what is masked is made"
         assert len(canvas.widths) == 1 + len(references) and not canvas.mask[:, :-canvas.widths[-1]].any()
 
 

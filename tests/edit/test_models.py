@@ -123,6 +123,21 @@ def test_text_encoders_are_gone_when_the_transformer_comes(config, folder, monke
     assert made.decode_latents(found).shape == (1, 16, 32, 3)
 
 
+def test_prompts_are_read_alone_and_as_the_model_was_trained(config, folder, monkeypatch):
+    """Then an edit that is made again needs no prompts beside its own; LoRA inference's tokens are the LoRAs' alone."""
+    read, encode = [], encoders_file._Prompts.__call__
+    monkeypatch.setattr(encoders_file._Prompts, "__call__", lambda self, prompts: read.append(prompts) or encode(
+        self, prompts))
+    Models(config).encode_prompts(["a cat", "a dog", "a cat"])
+    assert read == [["a cat"], ["a dog"]]
+    save_file(cases.state(dataclasses.replace(MMDIT, in_channels=448)), folder / "fft.safetensors")
+    for transformer_, alike in (("transformer", False), ("fft", True)):
+        one, released = (Models(dataclasses.replace(
+            config, transformer=str(folder / f"{transformer_}.safetensors"),
+            encoders=dataclasses.replace(config.encoders, reference=reference))) for reference in (False, True))
+        assert (one.checksums()[-1] == released.checksums()[-1]) == alike
+
+
 def test_what_cannot_serve_is_named(config, folder):
     with pytest.raises(UserError, match="eight_bits is 'int4'; expected one of int8, float8"):
         dataclasses.replace(config, eight_bits="int4")

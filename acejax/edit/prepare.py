@@ -1,13 +1,14 @@
 """A request becomes the model's canvas, and what the model made of it becomes the result: sizes, windows, pasting."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import numpy as np
 
 from acejax.data import resize
 from acejax.data.canvas import Canvas, editing
-from acejax.data.layout import ASPECT, lay_editing, visible
+from acejax.data.layout import ASPECT, CanvasConfig, lay_editing, visible
 from acejax.data.pictures import MOST_PIXELS
 from acejax.data.released import output
 from acejax.data.released_layout import TOKEN, Size
@@ -20,7 +21,9 @@ from acejax.errors import UserError
 from acejax.lcu import CELL
 
 Annotate = Callable[[str, np.ndarray], np.ndarray]  # a name of the annotators, a picture -> a picture
+LEAST = 1.1  # times larger: what is less is no super-resolution
 SHORTEST = 4  # pixels a side that is worked on: below them there is nothing to see
+WINDOW_STEP = 64  # sides of windows are worked on at multiples of it: masks of all sizes share few compiled programs
 FEATHER = 1 / 64  # of a window's longer side
 
 
@@ -73,15 +76,15 @@ def prepare(profile: Profile, request: Request, options: Options, annotate: Anno
         seen = _annotated(image, mask, request.control, task.annotator, annotate, profile.canvas.parity)
         return Prepared(request, name, prompt, editing(profile.canvas, seen, mask, request.references, None, scale),
                         image, mask, None, visible(size)[2:])
-    window, working = _window(profile, task, image, mask, request, options)
+    window, canvas, working = _window(profile, task, image, mask, request, options)
     seen, generate, control = (None if array is None else crop.cut(array, window, working)
                              for array in (image, mask, request.control))
     if generate is not None and profile.side:
         generate = _boxes(generate, max(1, len(request.references)))
     seen = _annotated(seen, generate, control, task.annotator, annotate, None)
     shown = [_whole(profile, reference) for reference in request.references]
-    return Prepared(request, name, prompt, editing(profile.canvas, seen, generate, shown, None, scale), image,
-                    mask, window, size)
+    return Prepared(request, name, prompt, editing(canvas, seen, generate, shown, None, scale), image, mask, window,
+                    size)
 
 
 def finish(prepared: Prepared, made: np.ndarray, options: Options) -> Result:
@@ -145,12 +148,16 @@ def _framed(profile: Profile, name: str, task: tasks.Task, request: Request
             raise UserError(f"size {size[1]} x {size[0]} (width x height) with a picture of {width} x {height}: task "
                             f"{name} gives the picture's own size")
         return image, mask, (height, width)
-    wanted = size or ((height * 3 // 2, width * 3 // 2) if task.size == "around" else (height * 2, width * 2))
+    budget = profile.canvas.max_tokens * TOKEN**2
+    most = 1.5 if task.size == "around" else min(2.0, math.sqrt(budget / (height * width)))  # times larger, unasked
+    wanted = size or (int(height * most), int(width * most))
+    if size is None and most < LEAST:
+        raise UserError(f"the picture is {width} x {height} pixels (width x height); the {profile.name} see at most "
+                        f"{budget / 1e6:.2f} megapixels at once, so that task {name} can't make it larger")
     if wanted[0] < height or wanted[1] < width or wanted == (height, width):
         raise UserError(f"size is {wanted[1]} x {wanted[0]} (width x height); task {name} expects a larger one than "
                         f"the picture's, {width} x {height}")
     if task.size == "enlarged":
-        budget = profile.canvas.max_tokens * TOKEN**2
         if wanted[0] * wanted[1] > budget:
             raise UserError(f"size is {wanted[1]} x {wanted[0]} (width x height); the {profile.name} see at most "
                             f"{budget / 1e6:.2f} megapixels at once")
@@ -163,25 +170,26 @@ def _framed(profile: Profile, name: str, task: tasks.Task, request: Request
 
 
 def _window(profile: Profile, task: tasks.Task, image: np.ndarray, mask: np.ndarray | None, request: Request,
-            options: Options) -> tuple[Crop, Size]:
-    """The part of a picture that is worked on, and the size at which it is."""
-    size = image.shape[:2]
+            options: Options) -> tuple[Crop, CanvasConfig, Size]:
+    """The part of a picture that is worked on, the canvas that it is laid on, and the size at which it is."""
+    size, canvas = image.shape[:2], profile.canvas
     if profile.side:
         close = mask is not None and options.crop != "none"
         window = crop.square(mask, task.share, profile.side // CELL) if close else crop.whole_square(size)
-        return window, (profile.side, profile.side)
+        return window, canvas, (profile.side, profile.side)
     seen = crop.middle(size)
-    too_much = size != (seen.height, seen.width) or size[0] * size[1] > profile.canvas.max_tokens * TOKEN**2
+    too_much = size != (seen.height, seen.width) or size[0] * size[1] > canvas.max_tokens * TOKEN**2
     if mask is not None and (options.crop == "mask" or options.crop == "auto" and too_much):
         window = crop.around(mask, task.share)
-        wanted = crop.working_size(window, profile.canvas.max_tokens)
+        wanted = crop.working_size(window, canvas.max_tokens)
+        canvas = dataclasses.replace(canvas, multiple=WINDOW_STEP)
     else:
         part = np.s_[seen.top:seen.top + seen.height, seen.left:seen.left + seen.width]
         beyond = mask is not None and np.count_nonzero(mask > 127) > np.count_nonzero(mask[part] > 127)
         window = Crop(0, 0, *size) if beyond else seen  # squeezed to 4:1 where it is longer, and stretched again
         wanted = window.height, window.width
-    layout = lay_editing(profile.canvas, wanted, [reference.shape[:2] for reference in request.references])
-    return window, (layout.height, layout.target_width)
+    layout = lay_editing(canvas, wanted, [reference.shape[:2] for reference in request.references])
+    return window, canvas, (layout.height, layout.target_width)
 
 
 def _annotated(image: np.ndarray, mask: np.ndarray | None, control: np.ndarray | None, annotator: str,

@@ -95,7 +95,7 @@ def test_a_picture_beyond_the_budget_is_worked_on_around_its_mask():
     mask[700:800, 900:1000] = 255
     editor = White()
     (result,) = editor.edit([Request("x", None, image, mask)])
-    assert (result.window.height, result.window.width) == (200, 200) and editor.canvases[0].mask.shape == (800, 800)
+    assert (result.window.height, result.window.width) == (200, 200) and editor.canvases[0].mask.shape == (768, 768)
     (result,) = editor.edit([Request("x", None, image, mask)], Options(crop="none"))
     assert (result.window.height, result.window.width) == (1500, 2000)
     assert editor.canvases[1].mask.size <= 1024 * 1024
@@ -116,6 +116,20 @@ def test_outpainting_puts_the_picture_in_the_middle():
     np.testing.assert_array_equal(made[50:150, 10:90], image)
     mask = editor.canvases[0].mask
     assert (made[0] == 255).all() and mask[:48].all() and not mask[64:128, 32:64].any()
+
+
+def test_masks_of_many_sizes_share_few_programs():
+    rng, editor = np.random.default_rng(3), White()
+    image = np.zeros((1100, 1100, 3), np.uint8)
+    for _ in range(12):
+        mask = np.zeros(image.shape[:2], np.uint8)
+        mask[100:, 100:][tuple(map(slice, rng.integers(20, 500, 2)))] = 255
+        height, width = editor.check(Request("x", None, image, mask))[0]
+        assert height % 64 == 0 and width % 64 == 0
+
+
+def test_super_resolution_is_as_large_as_can_be():
+    assert White()("super_resolution", "", image=picture(800, 800)).shape == (1024, 1024, 3)
 
 
 def test_super_resolution_shows_the_enlarged_picture():
@@ -165,10 +179,12 @@ def test_parity_hands_out_what_the_released_code_does():
     (dict(prompt="x", image=1, size=(9, 9)), "task no_preprocess gives the picture's own size"),
     (dict(prompt="x", size=(10, 100)), "at most 4:1"),
     (dict(task="super_resolution", image=1, size=(2000, 2000)), "at most 1.05 megapixels at once"),
+    (dict(task="super_resolution", image=2), "can't make it larger"),
     (dict(task="outpaint", image=1, size=(20, 20)), "expects a larger one than the picture's, 64 x 64"),
 ])
 def test_mistakes(request_, message):
-    made = {"image": picture(64, 64), "mask": np.full((64, 64), 255, np.uint8)}
+    side = 1000 if request_.get("image") == 2 else 64
+    made = {"image": picture(side, side), "mask": np.full((64, 64), 255, np.uint8)}
     request_ = {name: made.get(name, value) for name, value in request_.items()}
     editor = White()
     with pytest.raises(UserError, match=message):

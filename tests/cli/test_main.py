@@ -48,7 +48,7 @@ def place(tmp_path, monkeypatch):
 EDIT = "edit --demo --out=out.png "
 CONFIG = f"--config={ROOT / 'configs' / 'demo.py'} "
 MISTAKES = [
-    ("nosuch", "no command 'nosuch'; the commands are demo, train, plan, edit, convert, data, bench"),
+    ("nosuch", "no command 'nosuch'; the commands are demo, train, plan, edit, serve, convert, data, bench"),
     ("edit --prompt=x", "add --demo"),
     (EDIT, "the prompt is empty; expected what to make"),
     ("edit --demo --prompt=x", "--out is missing"),

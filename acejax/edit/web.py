@@ -78,13 +78,13 @@ def serving(site: Site, host: str = "127.0.0.1", port: int = 7860) -> Iterator[s
 
         page = build(site, folder)
         limits = site.limits
-        most = (limits.references + 1) * limits.megabytes * 1_000_000
+        most = (limits.references + 1) * limits.megabytes * 2**20
         font = [themes.Font("system-ui"), themes.Font("sans-serif")]
         try:
             _, address, _ = page.launch(
                 server_name=host, server_port=port or _free(host), share=False, prevent_thread_lock=True, quiet=True,
                 inbrowser=False, ssr_mode=False, footer_links=[], run_history=False, pwa=False, show_error=False,
-                max_file_size=limits.megabytes * 1_000_000, enable_monitoring=False, mcp_server=False,
+                max_file_size=limits.megabytes * 2**20, enable_monitoring=False, mcp_server=False,
                 theme=themes.Soft(primary_hue="rose", font=font).set(
                     block_border_width="1px", block_border_color="*border_color_primary"), css=CSS.read_text(),
                 app_kwargs={"middleware": [Middleware(BodyLimit, most=most)]})

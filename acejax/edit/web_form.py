@@ -22,7 +22,7 @@ class Limits:
     """What a page takes.
 
     Attributes:
-      megabytes: of a file.
+      megabytes: of a file, of 2**20 bytes.
       megapixels: of a picture, and of a result.
       references: their number.
       waiting: edits in the queue.

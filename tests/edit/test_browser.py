@@ -1,6 +1,5 @@
 """The page with the small weights in headless Chromium, as a visitor uses it."""
 
-import os
 import shutil
 
 import numpy as np
@@ -120,7 +119,7 @@ def test_wrong_files_and_words_are_told(visit, tmp_path):
     page = visit()
     (tmp_path / "large.png").write_bytes(b"\x89PNG" + bytes(1_200_000))
     page.locator("#picture input[type=file]").set_input_files(str(tmp_path / "large.png"))
-    said(page, "exceeds")
+    said(page, "exceed the maximum allowed size")
     page.locator("#prompt textarea").fill("a red <b>dog</b>")
     page.locator("#run").click()
     said(page, "do not know '<b>dog</b>'")
@@ -147,7 +146,3 @@ def test_examples_fill_the_form(visit):
     page.locator("#takes", has_text="another colour").wait_for()
     page.locator("#run").click()
     page.wait_for_selector("#result img")
-    if picture := os.environ.get("ACEJAX_SCREENSHOT"):  # docs/serve.png
-        page.wait_for_timeout(1500)
-        page.mouse.move(0, 0)
-        page.screenshot(path=picture)

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from acejax.cli.edit_weights import Opened
 from acejax.data.progress import Progress
 from acejax.edit import files, record
+from acejax.edit.editor import groups
 from acejax.edit.manifest import Entry
 from acejax.edit.record import File, Record
 from acejax.edit.request import Options, Result
@@ -52,7 +53,7 @@ def run(entries: Sequence[Entry], shapes: Sequence[Hashable], opened: Opened, op
     """
     rows: dict[int, dict[str, Any]] = {}
     with _Said(len(entries)) as said:
-        for members in _calls(shapes, batch):
+        for members in groups(shapes, batch):
             start, chosen = time.time(), [entries[index] for index in members]
             made = edit(chosen, opened, options, said)
             for index, entry, (result, about) in zip(members, chosen, made, strict=True):
@@ -66,7 +67,7 @@ def run(entries: Sequence[Entry], shapes: Sequence[Hashable], opened: Opened, op
 def warm_up(entries: Sequence[Entry], shapes: Sequence[Hashable], opened: Opened, options: Options, batch: int) -> int:
     """Make edits of each shape and number and write nothing: their programs are in the compile cache then, and counted.
     """
-    distinct = {(shapes[members[0]], len(members)): members for members in _calls(shapes, batch)}
+    distinct = {(shapes[members[0]], len(members)): members for members in groups(shapes, batch)}
     with _Said(len(distinct)) as said:
         for members in distinct.values():
             opened.editor.edit([entries[index].open()[0] for index in members], options, said)
@@ -100,14 +101,6 @@ def row(entry: Entry, result: Result, about: Record, seconds: float) -> dict[str
             **{name: getattr(about, name) for name in names},
             "window": None if result.window is None else dataclasses.asdict(result.window), "drift": result.drift,
             "tokens": result.tokens, "seconds": round(seconds, 3)}
-
-
-def _calls(shapes: Sequence[Hashable], batch: int) -> list[list[int]]:
-    """Indices of edits of equal shape, at most `batch` together, by the first of each."""
-    groups: dict[Hashable, list[int]] = {}
-    for index, shape in enumerate(shapes):
-        groups.setdefault(shape, []).append(index)
-    return [members[start:start + batch] for members in groups.values() for start in range(0, len(members), batch)]
 
 
 class _Said:

@@ -1,6 +1,6 @@
 """The editor: text and pictures in, pictures out. Encode once, sample as one compiled loop, decode, put back."""
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
@@ -72,7 +72,7 @@ class Editor:
         say("reading the prompts", 0.05)
         text, pooled = (np.asarray(part) for part in self._encode_prompts([one.prompt for one in prepared]))
         results: dict[int, Result] = {}
-        for members in _groups(prepared, self._batch):
+        for members in groups([_shape(one) for one in prepared], self._batch):
             say(f"making {len(members)} of {len(prepared)}", 0.1 + 0.9 * len(results) / len(prepared))
             chosen = [prepared[index] for index in members]
             made = self.generate([one.canvas for one in chosen], (text[members], pooled[members]),
@@ -117,14 +117,13 @@ class Editor:
         return list(denormalize(self._decode(sampled)))
 
 
-def _groups(prepared: Sequence[Prepared], batch: int) -> Iterator[list[int]]:
-    """Indices of what can be made at once, at most `batch`."""
-    groups: dict[Any, list[int]] = {}
-    for index, one in enumerate(prepared):
-        groups.setdefault(_shape(one), []).append(index)
-    for members in groups.values():
-        for start in range(0, len(members), batch):
-            yield members[start:start + batch]
+def groups(shapes: Sequence[Hashable], batch: int) -> list[list[int]]:
+    """Indices of what can be made at once, equal shapes and at most `batch`, by the first of each."""
+    found: dict[Hashable, list[int]] = {}
+    for index, shape in enumerate(shapes):
+        found.setdefault(shape, []).append(index)
+    return [members[start:start + batch] for members in found.values() for start in range(0, len(members), batch)]
+
 
 
 def _shape(prepared: Prepared) -> Hashable:

@@ -23,8 +23,9 @@ from acejax.data import resize
 from acejax.edit import files, record, web_form, web_mask
 from acejax.edit.editor import Editor
 from acejax.edit.record import File
+from acejax.edit.request import MOST_SEED
 from acejax.edit.tasks import NONE
-from acejax.edit.web_form import SEEDS, Form, Limits
+from acejax.edit.web_form import Form, Limits
 from acejax.edit.web_guard import BodyLimit
 from acejax.edit.web_mask import SCRIPT, SIDE, TEMPLATE, painted
 from acejax.errors import UserError
@@ -172,7 +173,7 @@ def build(site: Site, folder: str) -> Any:
         chosen.change(tell, chosen, [takes, image_part, mask_part, reference_part], queue=False,
                       show_progress="hidden", api_visibility="private")
         gr.on([picture.upload, picture.clear], show, picture, canvas, api_visibility="private")
-        other.click(lambda: random.randrange(SEEDS), None, seed, queue=False, api_visibility="private")
+        other.click(lambda: random.randint(0, MOST_SEED), None, seed, queue=False, api_visibility="private")
         gr.on([run.click, prompt.submit], edit,
               [chosen, prompt, picture, canvas, mask, references, seed, steps, guidance, scale, width, height],
               [result, save, save_mask, facts], concurrency_limit=1, show_progress_on=result, trigger_mode="once",

@@ -14,8 +14,6 @@ from acejax.edit.request import Options, Request, Result
 from acejax.edit.tasks import NEEDED, NONE, Task, find
 from acejax.errors import UserError
 
-SEEDS = 2**32
-
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
@@ -93,7 +91,7 @@ def read(profile: Profile, form: Form, limits: Limits) -> Asked:
         raise UserError(f"{len(given)} references; this page takes at most {limits.references}")
     references = tuple(opened("references", path) for path in given)
     request = Request(form.prompt, form.task, image, mask, references, size=_size(form, limits), scale=form.scale,
-                      seed=_seed(form.seed))
+                      seed=int(form.seed or 0))
     return Asked(request, Options(form.steps, form.guidance), tuple(files), painted)
 
 
@@ -160,9 +158,3 @@ def _size(form: Form, limits: Limits) -> tuple[int, int] | None:
         raise UserError("the size needs both a width and a height")
     check_pixels((form.height, form.width), "the size", limits)
     return form.height, form.width
-
-
-def _seed(seed: int | None) -> int:
-    if not 0 <= (seed or 0) < SEEDS:
-        raise UserError(f"seed is {seed}; expected 0 to {SEEDS - 1}")
-    return int(seed or 0)

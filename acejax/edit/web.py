@@ -195,7 +195,7 @@ def _edit(site: Site, form: Form, folder: str, say: Callable[[str, float], None]
     if asked.painted:
         mask = str(place / f"{name}-mask.png")
         Image.fromarray(asked.request.mask).save(mask)
-        used.append(File("mask", pathlib.Path(mask).name, files.hashed_mask(mask, result.picture.shape[:2])[1]))
+        used.append(File("mask", f"./{pathlib.Path(mask).name}", files.hashed_mask(mask, result.picture.shape[:2])[1]))
     about = record.make(site.editor.profile, asked.request, asked.options, result, (0, 1), site.opened, used)
     files.write_picture(place / f"{name}.png", result.picture, {record.KEY: about.text()})
     return str(place / f"{name}.png"), mask, web_form.about(result, asked, time.time() - start)

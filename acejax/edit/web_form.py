@@ -74,7 +74,7 @@ def read(profile: Profile, form: Form, limits: Limits) -> Asked:
     def opened(field: str, path: str, decode=pictures.decode) -> np.ndarray:
         data, name = _bytes(path), shown(path)
         check_pixels(pictures.size(data, name), f"picture {name}", limits)
-        files.append(File(field, name, hashlib.sha256(data).hexdigest()))
+        files.append(File(field, f"./{name}", hashlib.sha256(data).hexdigest()))
         return decode(data, name)
 
     image = opened("image", form.picture) if form.picture and task.image != NONE else None

@@ -7,7 +7,7 @@ Send = Callable[[dict[str, Any]], Awaitable[None]]
 
 
 class BodyLimit:
-    """ASGI middleware: 413 for a body of more than `most` bytes, 411 for one whose length is not told."""
+    """ASGI middleware: 413 for a body of more than `most` bytes, 411 for one whose length is not told, 400 for none."""
 
     def __init__(self, app: Any, most: int):
         self._app, self._most = app, most
@@ -15,6 +15,8 @@ class BodyLimit:
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Send) -> None:
         headers = dict(scope.get("headers") or ())
         length = headers.get(b"content-length")
+        if scope["type"] == "http" and length is not None and not length.isdigit():
+            return await _refuse(send, 400, "the length of the body is no number")
         if scope["type"] == "http" and length is not None and int(length) > self._most:
             return await _refuse(send, 413, f"at most {self._most / 1e6:.0f} MB at once")
         if scope["type"] == "http" and length is None and b"transfer-encoding" in headers:

@@ -109,8 +109,8 @@ def test_the_page_edits_records_and_refuses(photo, tmp_path):
         np.testing.assert_array_equal(np.asarray(Image.open(made)), 255 - np.asarray(Image.open(photo)))
         about = record.read(made)
         assert (about.task, about.seed, about.steps) == ("insert", 7, 8)
-        assert {file.field: file.path for file in about.files} == {"image": "photo.png",
-                                                                   "mask": "acejax-insert-7-mask.png"}
+        assert {file.field: file.path for file in about.files} == {"image": "./photo.png",
+                                                                   "mask": "./acejax-insert-7-mask.png"}
         assert "seed 7" in text and mask["visible"]
         with pytest.raises(Exception, match="unknown &lt;word&gt;"):  # the page shows messages as HTML
             edit("unknown <word>", "")

@@ -12,7 +12,7 @@ QUICK := --quiet --no-compile
 DEMO_DIR ?= runs/demo
 DEMO_FLAGS = --workdir=$(DEMO_DIR) $(if $(STEPS),--config.steps=$(STEPS)) $(if $(SEED),--config.seed=$(SEED))
 COUNTS ?= small
-LONG := $(if $(filter full,$(COUNTS)),,-m "not long")
+LONG := $(if $(filter full,$(COUNTS)),,-m "not long and not soak")
 JAX ?=
 PYTEST_FLAGS ?=
 

@@ -156,7 +156,7 @@ def test_tie_and_spread_are_inverse(fresh):
     jax.tree.map(np.testing.assert_array_equal, adapt.spread(*adapt.tie(alone)), alone)
 
 
-@pytest.mark.long
+@pytest.mark.soak
 def test_training_in_bfloat16_with_remat(fresh, tmp_path):
     """By the tied factors alone, the single blocks on a quantised base: b moves first, then everything."""
     params, quant = quantize(loras.params(), targets="single_blocks/.*")

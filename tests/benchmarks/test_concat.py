@@ -26,7 +26,7 @@ def column(table, name):
     return {layout: [row[name] for row in rows] for layout, rows in table.items()}
 
 
-@pytest.mark.long
+@pytest.mark.soak
 def test_the_layouts_are_what_they_are_called(report):
     assert column(report["measured"], "in_channels") == {
         "sequence": [64, 64, 64, 64], "channel": [64, 448, 832, 1216], "released": [64, 448, 448, 448]}
@@ -34,7 +34,7 @@ def test_the_layouts_are_what_they_are_called(report):
         "sequence": [4, 8, 12, 16], "channel": [4, 4, 4, 4], "released": [4, 4, 8, 12]}
 
 
-@pytest.mark.long
+@pytest.mark.soak
 def test_every_row_is_measured_and_related_to_no_condition(report):
     assert report["machine"]["platform"] == "cpu" and report["repeats"] == 1
     for rows in report["measured"].values():
@@ -43,7 +43,7 @@ def test_every_row_is_measured_and_related_to_no_condition(report):
         assert all(0 < row["ms"]["min"] <= row["ms"]["median"] <= row["ms"]["max"] for row in rows)
 
 
-@pytest.mark.long
+@pytest.mark.soak
 def test_the_12b_ratios(report):
     ratios = column(report["closed_form_12b"]["4096"], "flop_ratio")
     assert ratios["sequence"] == pytest.approx([1, 2.22, 3.76, 5.62], abs=0.005)
@@ -53,7 +53,7 @@ def test_the_12b_ratios(report):
         [1, 1.75, 2.57, 3.46], abs=0.005)
 
 
-@pytest.mark.long
+@pytest.mark.soak
 def test_the_plot_and_the_caveat(outputs, report):
     assert outputs[1].read_bytes().startswith(b"\x89PNG")
     assert "References still cost tokens" in report["caveat"]

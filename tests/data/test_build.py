@@ -69,7 +69,7 @@ def test_parallel_equals_serial_and_is_said(pairs, whole, tmp_path, capsys):
     assert [row.prompt for row in rows] == [row.prompt for row in ROWS]
 
 
-@pytest.mark.long
+@pytest.mark.soak
 def test_killed_at_any_moment_it_goes_on(pairs, whole, tmp_path):
     folder = tmp_path / "condition_units" / "1.0.0"
 

@@ -171,7 +171,7 @@ def test_weights_are_hashed_once_for_a_cache(config, tmp_path, monkeypatch):
     assert Encoders.load(config, notes=notes).picture_id == first.picture_id
 
 
-@pytest.mark.long
+@pytest.mark.soak
 def test_batches_of_any_size_over_several_devices(config, tmp_path, expected_text):
     """Four devices; 5 prompts and 3 pictures do not divide."""
     pictures = np.random.default_rng(0).uniform(-1, 1, (count(0, 3), 64, 64, 3)).astype(np.float32)

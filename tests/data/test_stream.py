@@ -53,7 +53,7 @@ def indices(stream, start, stop):
 STAGES = (Stage(60, {"a": 1, "x/b": 2}, 0), Stage(40, {"x/*": 3, "c": 1}), Stage(1))
 
 
-@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.long)])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.soak)])
 def test_stopped_anywhere_it_goes_on_as_it_would_have(workers):
     whole = make(Table(4000), STAGES)
     for start in np.random.default_rng(0).integers(0, 300, count(2, 10)):

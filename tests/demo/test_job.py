@@ -113,7 +113,7 @@ FINE = (f"--config={pathlib.Path(__file__).parents[2]}/configs/small_weights.py 
         "--config.model.depth_single_blocks=1 --config.model.axes_dim=(4,6,6)")
 
 
-@pytest.mark.long
+@pytest.mark.soak
 def test_the_finer_kind_of_weights_at_another_size(tmp_path):
     assert main(["demo", f"--workdir={tmp_path}", *FINE.split()]) == 1
     report, note = (json.loads((tmp_path / name).read_text()) for name in ("report.json", "weights/weights.json"))

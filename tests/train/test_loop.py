@@ -44,7 +44,7 @@ def test_losses_fall_and_parts_are_reported(whole_run):
     assert list(whole_run.glob("events.out.tfevents.*"))
 
 
-@pytest.mark.long
+@pytest.mark.soak
 def test_an_interrupted_run_has_the_losses_of_an_uninterrupted_one(whole_run, tmp_path):
     train(make_config(), tmp_path, make_stream(), until=7)
     shutil.rmtree(tmp_path / "checkpoints" / "7")  # as killed: what is left was saved while training went on

@@ -61,7 +61,7 @@ def test_a_run_is_validated_and_draws_samples(whole_run):
     assert np.asarray(Image.open(whole_run / "samples" / "step_000006.png")).shape[2] == 3
 
 
-@pytest.mark.long
+@pytest.mark.soak
 def test_a_resumed_run_has_the_same_validation_losses(whole_run, tmp_path):
     stream, held_out = inputs()
     train(watched(), tmp_path, stream, until=3, held_out=held_out)

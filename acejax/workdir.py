@@ -5,6 +5,7 @@ import contextlib
 import fcntl
 import json
 import os
+import signal
 import socket
 import sys
 import threading
@@ -23,6 +24,7 @@ from acejax.parallel import processes
 LOCK = "lock.json"
 REFRESH = 15.0  # seconds between two signs of life in a lease
 PATIENCE = 4  # times REFRESH without one: its run is dead
+STOP = signal.SIGUSR2  # that a run whose lease was taken over sends itself
 
 
 def agree(workdir: epath.PathLike, config: dict[str, Any], free: tuple[str, ...] = ()) -> None:
@@ -149,20 +151,34 @@ def _lease(workdir: epath.Path, refresh: float = REFRESH) -> Iterator[None]:
         while not stop.wait(refresh):
             if (owner := _owner(path)) and owner != me:  # this run was silent for so long that another took it for dead
                 print(f"acejax: {_taken(workdir, path)}", file=sys.stderr, flush=True)
-                _thread.interrupt_main()
+                _thread.interrupt_main(STOP)
                 return
             with contextlib.suppress(UserError):  # the store may be away for a while; saving will tell
                 sign()
 
     thread = threading.Thread(target=refreshing, daemon=True)
-    thread.start()
+    with _interruptible():
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+            if _owner(path) == me:
+                path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """STOP raises KeyboardInterrupt in the main thread, as Ctrl-C does, which a shell's background jobs do not hear."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(STOP, signal.default_int_handler)
     try:
         yield
     finally:
-        stop.set()
-        thread.join()
-        if _owner(path) == me:
-            path.unlink(missing_ok=True)
+        signal.signal(STOP, before)
 
 
 def _me() -> dict[str, Any]:

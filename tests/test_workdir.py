@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import threading
@@ -83,12 +84,19 @@ def test_a_dead_runs_lease_is_taken_over(tmp_path):
 
 
 def test_a_run_whose_lease_was_taken_over_stops(tmp_path, capfd):
-    """It was silent for so long that another run took it for dead: it neither signs nor removes the other's lease."""
+    """It was silent for so long that another run took it for dead: it neither signs nor removes the other's lease.
+
+    As a background job of a shell it does not hear SIGINT.
+    """
     place, other = tmp_path / "run", {"host": "elsewhere", "pid": 1, "since": "now", "beat": 1}
-    with pytest.raises(KeyboardInterrupt), workdir._lease(place, 0.2):
-        for _ in range(100):  # again, as a signature may have been on its way; a long sleep would not be interrupted
-            (place / workdir.LOCK).write_text(json.dumps(other))
-            time.sleep(0.1)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with pytest.raises(KeyboardInterrupt), workdir._lease(place, 0.2):
+            for _ in range(100):  # again, as a signature may have been on its way; a long sleep is not interrupted
+                (place / workdir.LOCK).write_text(json.dumps(other))
+                time.sleep(0.1)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert json.loads((place / workdir.LOCK).read_text()) == other
     assert "is in use by process 1 on elsewhere" in capfd.readouterr().err
 

@@ -15,7 +15,6 @@ from benchmarks import gpu_inputs, torch_mmdit
 from benchmarks.gpu_side import LEVELS, RANK, Ready, Work
 
 BATCHES = 3
-COMPILE = "max-autotune-no-cudagraphs"  # a step is 57 blocks of milliseconds: launches are hidden
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 
@@ -111,8 +110,8 @@ def _prepare(work: Work, training: bool) -> tuple[MMDiTConfig, torch_mmdit.MMDiT
     facts = {"attention": "torch's choice", "torch_compile": "off"}
     if CUDA:
         torch._dynamo.config.recompile_limit = 64
-        model.compile_layers(COMPILE)
-        facts = {"attention": fastest_attention(work, training), "torch_compile": COMPILE}
+        model.compile_layers(work.torch_compile)
+        facts = {"attention": fastest_attention(work, training), "torch_compile": work.torch_compile}
     return work.config, model, facts
 
 

@@ -75,6 +75,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--samples", type=int, default=1, help="of a batch (default: 1)")
     parser.add_argument("--remat", default="full", choices=("full", "attention", "none"),
                         help="what our LoRA steps recompute; the peer does or does not (default: full)")
+    parser.add_argument("--torch_compile", default="max-autotune-no-cudagraphs", metavar="MODE",
+                        help="the peer's; a step is 57 blocks of milliseconds, so that launches are hidden without "
+                        "CUDA graphs (default: max-autotune-no-cudagraphs)")
     parser.add_argument("--repeats", type=int, help="measured steps a round (default: 20)")
     parser.add_argument("--rounds", type=int, help="turns of each side (default: 2)")
     parser.add_argument("--seconds", type=float, default=540, help="a part may take (default: 540)")
@@ -94,7 +97,7 @@ def main(argv: Sequence[str]) -> int:
         print("no GPU: the same at tiny size on the CPU; what needs the GPU is not measured")
     size = {"tokens": 24, "text": 5, "repeats": 2} if tiny else {"tokens": 4096, "text": 512, "repeats": 20}
     work = {name: getattr(args, name) or default for name, default in size.items()} | {
-        "tiny": tiny, "samples": args.samples, "remat": args.remat}
+        "tiny": tiny, "samples": args.samples, "remat": args.remat, "torch_compile": args.torch_compile}
     report = run(Suite(tuple(args.parts) or PARTS, tiny, work, args.rounds or (1 if tiny else 2), args.seconds))
     show(report)
     if args.json:

@@ -81,7 +81,7 @@ def to_torch(arrays: Mapping[str, np.ndarray], device: str) -> dict[str, Any]:
 
     def tensor(array: np.ndarray) -> Any:
         if array.dtype == jnp.bfloat16:
-            return torch.from_numpy(np.ascontiguousarray(array).view(np.int16)).view(torch.bfloat16)
-        return torch.from_numpy(np.ascontiguousarray(array))
+            return torch.from_numpy(np.array(array).view(np.int16)).view(torch.bfloat16)
+        return torch.from_numpy(np.array(array))  # a copy: jax's cannot be written to
 
     return {name: tensor(array).to(device) for name, array in arrays.items()}

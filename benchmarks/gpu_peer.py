@@ -15,7 +15,6 @@ from benchmarks import gpu_inputs, torch_mmdit
 from benchmarks.gpu_side import LEVELS, RANK, Ready, Work
 
 BATCHES = 3
-COMPILE = "max-autotune-no-cudagraphs"  # a step is 57 blocks of milliseconds: launches are hidden
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 
@@ -73,7 +72,7 @@ def train_lora(work: Work) -> Ready:
 def train_full(work: Work) -> Ready:
     """Adafactor as each gradient comes (a hook), bfloat16 with stochastic rounding: no gradient is kept."""
     _, model, facts = _prepare(work, training=True)
-    compiled = functools.partial(torch.compile, dynamic=True) if CUDA else lambda function: function
+    compiled = functools.partial(torch.compile, dynamic=False) if CUDA else lambda function: function
     optimizer = torch_mmdit.Adafactor(model, 1e-5, 0.01, compiled)
     return _training(work, model, facts | {"optimizer": "Adafactor, bfloat16, stochastic rounding, fused"},
                      optimizer.begin, lambda: None)
@@ -110,9 +109,9 @@ def _prepare(work: Work, training: bool) -> tuple[MMDiTConfig, torch_mmdit.MMDiT
             parameter.normal_(1.0 if name.endswith("_norm") else 0.0, gpu_inputs.SIZE)
     facts = {"attention": "torch's choice", "torch_compile": "off"}
     if CUDA:
-        torch._dynamo.config.recompile_limit = 64
-        model.compile_layers(COMPILE)
-        facts = {"attention": fastest_attention(work, training), "torch_compile": COMPILE}
+        torch._dynamo.config.recompile_limit = 64  # Adafactor is compiled for each shape of a matrix
+        model.compile_layers(work.torch_compile)
+        facts = {"attention": fastest_attention(work, training), "torch_compile": work.torch_compile}
     return work.config, model, facts
 
 

@@ -31,6 +31,7 @@ class Work:
     samples: int
     repeats: int
     remat: str
+    torch_compile: str
 
     @property
     def config(self) -> MMDiTConfig:
@@ -66,7 +67,7 @@ def row(ready: Ready, repeats: int) -> dict[str, Any]:
     others = {f"ms_{name}": timed(step, repeats)[1] for name, step in ready.others.items()}
     found = ready.facts | measured | others
     if ready.device is None:
-        found |= {name: "not measured" for name in (*measured, *others, "compile_s") if name in found}
+        found |= {name: "not measured" for name in (*measured, *others, "compile_s", "xla_gb") if name in found}
     return found | {"device": ready.device or "no GPU", "finite": math.isfinite(last)}
 
 

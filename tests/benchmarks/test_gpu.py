@@ -53,8 +53,8 @@ def test_all_parts_at_tiny_size(tmp_path):
     assert max(found["check"].values()) < 1e-4 and {"jax", "torch"} <= found["versions"].keys()
 
 
-SUITE = gpu.Suite(("lora",), True, {"tiny": True, "tokens": 4, "text": 2, "samples": 1, "repeats": 1, "remat": "full"},
-                  rounds=2, seconds=60)
+WORK = {"tiny": True, "tokens": 4, "text": 2, "samples": 1, "repeats": 1, "remat": "full", "torch_compile": "default"}
+SUITE = gpu.Suite(("lora",), True, WORK, rounds=2, seconds=60)
 
 
 def test_figures_of_a_gpu(monkeypatch):
@@ -75,7 +75,7 @@ def test_figures_of_a_gpu(monkeypatch):
 
 def test_the_12b_flops():
     """The denoiser step's and the LoRA's, as counted by hand from the architecture."""
-    full = gpu.Suite((), False, SUITE.work | {"tiny": False, "tokens": 4096, "text": 512}, 1, 60)
+    full = gpu.Suite((), False, WORK | {"tiny": False, "tokens": 4096, "text": 512}, 1, 60)
     assert gpu.flops(full, "step") == pytest.approx(74.4e12, rel=0.002)
     assert gpu.flops(full, "fused") == pytest.approx(223.2e12, rel=0.002)
     assert gpu.flops(full, "lora") == gpu.flops(full, "qlora") == pytest.approx(168.6e12, rel=0.002)
@@ -88,7 +88,7 @@ def test_memory_that_is_not_there_is_a_row(tmp_path, monkeypatch):
         raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 99 bytes.\nmore")
 
     monkeypatch.setitem(gpu_ours.PARTS, "step", exhausted)
-    work = json.dumps(SUITE.work | {"part": "step"})
+    work = json.dumps(WORK | {"part": "step"})
     assert gpu_side.main(["ours", work, str(tmp_path / "row.json")]) == 0
     assert json.loads((tmp_path / "row.json").read_text())["error"].startswith("out of memory: RESOURCE_EXHAUSTED")
 

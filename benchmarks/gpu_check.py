@@ -55,18 +55,18 @@ def differences() -> dict[str, float]:
     noise = random.standard_normal(batch["target"].shape, np.float32)
     sigma = np.float32([0.3, 0.8])
 
-    def loss(params: Any, frozen: Any = None) -> jax.Array:
-        return velocity_errors(params, setting, batch, noise, sigma, frozen)[0].sum() / total_weight(setting, batch)
+    def loss(params: Any, factors: Any) -> jax.Array:
+        frozen = {"params": params, "scales": scales}
+        return velocity_errors(factors, setting, batch, noise, sigma, frozen)[0].sum() / total_weight(setting, batch)
 
     @jax.jit
     def ours(params: Any, factors: Any) -> Any:
         tokens = noisy_tokens(setting, batch, noise, sigma)
         levels = modulation.modulations(config, params, sigma[None], tokens.pooled, tokens.guidance)
         velocity = mmdit.apply(config, params, tokens, modulation=jax.tree.map(lambda leaf: leaf[0], levels))
-        return tokens.image, velocity, jax.grad(loss)(params), jax.grad(loss)(
-            factors, frozen={"params": params, "scales": scales})
+        return tokens.image, velocity, jax.grad(loss, argnums=(0, 1))(params, factors)
 
-    image, velocity, gradient, of_lora = jax.device_get(ours(params, factors))
+    image, velocity, (gradient, of_lora) = jax.device_get(ours(params, factors))
 
     peer = torch_mmdit.MMDiT(config)
     torch_mmdit.load(peer, tensors(keymaps.to_foreign(config, params, "bfl")))
@@ -77,27 +77,20 @@ def differences() -> dict[str, float]:
         made = peer.modulations(sigma, given["pooled"], guidance)
         found = {"velocity": difference(peer(image, given["text"], rope, made).numpy(), velocity)}
 
-    peer.recompute = True
+    torch_mmdit.adapt(peer, RANK)
+    adapted, expected = (dict(lora_pairs.to_foreign(config, "bfl", adapt.spread(tree, scales)))
+                         for tree in (factors, of_lora))
+    modules = {key: peer.get_submodule(torch_mmdit.own_name(key).removesuffix(".weight")) for key in adapted}
+    for key, module in modules.items():
+        module.a.data, module.b.data = (torch.from_numpy(np.array(factor)) for factor in adapted[key][:2])
+    peer.requires_grad_(True).recompute = True
     torch_mmdit.loss(peer, given, noise, sigma, rope).backward()
     parameters = dict(peer.named_parameters())
-    found["gradient"] = max(difference(parameters[torch_mmdit.own_name(key)].grad.numpy(), expected)
-                            for key, expected in keymaps.to_foreign(config, gradient, "bfl").items())
-    found["LoRA gradient"] = lora_difference(config, peer, (factors, of_lora), scales, lambda: torch_mmdit.loss(
-        peer, given, noise, sigma, rope).backward())
+    found["gradient"] = max(difference(parameters[torch_mmdit.own_name(key)].grad.numpy(), leaf)
+                            for key, leaf in keymaps.to_foreign(config, gradient, "bfl").items())
+    found["LoRA gradient"] = max(difference(factor.grad.numpy(), leaf) for key, module in modules.items()
+                                 for factor, leaf in zip((module.a, module.b), expected[key][:2], strict=True))
     return found | {"Adafactor": adafactor_difference()}
-
-
-def lora_difference(config: MMDiTConfig, peer: torch_mmdit.MMDiT, ours: tuple[Any, Any], scales: Any, backward: Any
-                    ) -> float:
-    """Of the gradients of a LoRA's factors; `ours` are the factors and their gradient."""
-    torch_mmdit.adapt(peer, RANK)
-    factors, gradient = (dict(lora_pairs.to_foreign(config, "bfl", adapt.spread(tree, scales))) for tree in ours)
-    modules = {key: peer.get_submodule(torch_mmdit.own_name(key).removesuffix(".weight")) for key in factors}
-    for key, module in modules.items():
-        module.a.data, module.b.data = (torch.from_numpy(np.array(factor)) for factor in factors[key][:2])
-    backward()
-    return max(difference(factor.grad.numpy(), expected) for key, module in modules.items()
-               for factor, expected in zip((module.a, module.b), gradient[key][:2], strict=True))
 
 
 def adafactor_difference() -> float:
@@ -108,7 +101,7 @@ def adafactor_difference() -> float:
     moments = optimizer.init({"double_blocks": jax.tree.map(lambda leaf: leaf[None], ours), "single_blocks": {
         "none": jnp.zeros((1, 1))}})["double_blocks"]
     moments = jax.tree.map(lambda leaf: leaf[0], moments)
-    torch_mmdit_weights(peer, ours)
+    peer.load_state_dict(tensors({"weight": ours["kernel"].T, "bias": ours["bias"]}))
     moved = torch_mmdit.Adafactor(peer, 0.01, 0.1)
     for step in range(3):
         gradient = {name: random.standard_normal(leaf.shape, np.float32) * (step + 1) for name, leaf in ours.items()}
@@ -119,10 +112,6 @@ def adafactor_difference() -> float:
          + (peer.bias * torch.from_numpy(gradient["bias"])).sum()).backward()
     return max(difference(peer.weight.detach().numpy().T, ours["kernel"]),
                difference(peer.bias.detach().numpy(), ours["bias"]))
-
-
-def torch_mmdit_weights(peer: torch_mmdit.Linear, ours: Mapping[str, jax.Array]) -> None:
-    peer.load_state_dict(tensors({"weight": np.ascontiguousarray(ours["kernel"].T), "bias": ours["bias"]}))
 
 
 def tensors(arrays: Mapping[str, Any]) -> dict[str, torch.Tensor]:

@@ -74,11 +74,13 @@ def test_figures_of_a_gpu(monkeypatch):
 
 
 def test_the_12b_flops():
-    """The denoiser step's and the LoRA's, as counted by hand from the architecture."""
+    """Of a forward pass and of training, counted apart from our code; a factor that two of our modules share counts at
+    both."""
+    shared = 3 * 2 * (512 + 4096) * 38 * 2 * 3072 * 64
     full = gpu.Suite((), False, WORK | {"tiny": False, "tokens": 4096, "text": 512}, 1, 60)
     assert gpu.flops(full, "step") == pytest.approx(74.4e12, rel=0.002)
     assert gpu.flops(full, "fused") == pytest.approx(223.2e12, rel=0.002)
-    assert gpu.flops(full, "lora") == gpu.flops(full, "qlora") == pytest.approx(168.6e12, rel=0.002)
+    assert gpu.flops(full, "lora") == gpu.flops(full, "qlora") == pytest.approx(168.2e12 + shared, rel=5e-4)
 
 
 def test_memory_that_is_not_there_is_a_row(tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ from tests.judges import needs
 
 
 @needs("torch")
-@pytest.mark.long
+@pytest.mark.soak
 def test_the_peer_computes_what_acejax_does():
     from benchmarks import gpu_check
     found = gpu_check.check()
@@ -31,7 +31,7 @@ def report(tmp_path, *parts):
     return json.loads(path.read_text())
 
 
-@pytest.mark.long
+@pytest.mark.soak
 def test_a_part_at_tiny_size(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu, "check", lambda: {"velocity": 0.0})  # a test of its own
     found = report(tmp_path, "step")
@@ -42,7 +42,7 @@ def test_a_part_at_tiny_size(tmp_path, monkeypatch, capsys):
             assert {row[name] for name in ("ms", "tflops", "mfu", "peak_gb")} == {"not measured"}
 
 
-@pytest.mark.long
+@pytest.mark.soak
 @needs("torch")
 def test_all_parts_at_tiny_size(tmp_path):
     found = report(tmp_path)

@@ -74,7 +74,7 @@ def test_the_autoencoder_has_the_shape_of_fluxs_and_keeps_the_picture():
     assert decoded.shape == test.shape and 10 * np.log10(4 / np.mean((decoded - test) ** 2)) > 21
 
 
-@pytest.mark.long
+@pytest.mark.soak
 def test_the_finer_autoencoder_begins_as_the_linear_one_and_learns():
     train, test = (np.stack([s.target for s in samples(60, "insert", seed, size=80)]) for seed in (0, 1))
 

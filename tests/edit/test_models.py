@@ -88,7 +88,7 @@ def test_kernels_become_eight_bits_on_their_way(folder, kind, offload):
             np.testing.assert_array_equal(leaf, expected[name], name)
 
 
-@pytest.mark.long
+@pytest.mark.soak
 def test_text_encoders_are_gone_when_the_transformer_comes(config, folder, monkeypatch):
     """Staged, in eight bits, offloaded and with a LoRA: the latents of one reading; known prompts read nothing."""
     alive, log = {}, []

@@ -78,6 +78,7 @@ def test_what_is_not_finite_changes_nothing(steps):
                  (state.params, state.opt_state, state.ema))
 
 
+@pytest.mark.soak
 def test_a_run_in_bfloat16_is_taken_up_again(tmp_path):
     """Bit for bit: rounding is drawn from the seed and the step."""
     found = config(param_dtype="bfloat16", fused=True)

@@ -58,8 +58,8 @@ def test_every_mesh_has_the_losses_of_one_device(expected, tmp_path):
         np.testing.assert_allclose(found, expected, rtol=1e-4, err_msg=name)
 
 
-@pytest.mark.parametrize("base", [pytest.param("float32", marks=pytest.mark.soak),
-                                  pytest.param("int8", marks=pytest.mark.long)])
+@pytest.mark.soak
+@pytest.mark.parametrize("base", ["float32", "int8"])
 def test_a_lora_has_its_losses_on_every_mesh(tmp_path, base):
     """The base lies by the rules of the parameters, the factors by theirs."""
     expected = train(tmp_path, {"one": {"lora": base}})["one"]

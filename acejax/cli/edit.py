@@ -26,7 +26,7 @@ def main(argv: Sequence[str]) -> int:
         return 0
     flag = {name: values[name].value for name in values}
     if flag["list_tasks"]:
-        print(_tasks(flag["demo"]))
+        print(_tasks(flag["demo"], flag["weights"]))
         return 0
     from acejax.cli.edit_weights import lora, open_weights  # jax, for which --help need not wait
 
@@ -103,15 +103,17 @@ def _about() -> dict[str, str]:
     return {"acejax": __version__, "jax": jax.__version__, "platform": platform()}
 
 
-def _tasks(demo: bool) -> str:
+def _tasks(demo: bool, weights: str | None) -> str:
     """The presets, and what each takes."""
-    from acejax.edit.tasks import TASKS
+    from acejax.edit.tasks import TASKS as tasks
 
     if demo:
-        from acejax.demo.tasks import TASKS
+        from acejax.demo.weights import SHIPPED, read_note, tasks_of
+
+        tasks = tasks_of(read_note(weights or SHIPPED))
     lines = [f"{'task':<20}{'image':<10}{'mask':<10}{'references':<12}{'scale':<11}{'annotator':<11}{'LoRA':<15}"
              "what it does"]
-    for name, task in TASKS.items():
+    for name, task in tasks.items():
         least, most = task.references
         count = str(least) if least == most else f"{least} or more" if most is None else f"{least} to {most}"
         scale = f"{task.scale:g}" if demo or task.scale == task.lora_scale else f"{task.scale:g} / {task.lora_scale:g}"

@@ -13,7 +13,6 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from acejax.errors import UserError
@@ -145,6 +144,8 @@ def _init_tower(key: jax.Array, side: str, features: int, config: FitConfig, out
 
 
 def _train(config: FitConfig, linear: Autoencoder, pictures: np.ndarray, seed: int) -> Autoencoder:
+    import optax  # editing, which reads this file too, need not wait for it
+
     first, second, key = jax.random.split(jax.random.key(seed), 3)
     params = {name: jnp.asarray(value) for name, value in linear.items()}
     params |= _init_tower(first, "encoder", PATCH, config, CHANNELS, config.encoder)

@@ -8,7 +8,7 @@ from acejax.edit.web import Example
 
 PLACES = [name for name in PHOTOS if name != TEST_PHOTO]
 ABOUT = (f"These are acejax's own **small weights**. They draw {len(SHAPES)} symbols ({', '.join(SHAPES)}) in "
-         f"{len(COLORS)} colours ({', '.join(COLORS)}), 64 pixels at a time, and know no other things: "
+         f"{len(COLORS)} colours ({', '.join(COLORS)}), and know no other things: "
          f"“a red heart”, “make it blue”, “this star” of a reference, “a yellow star on grass” "
          f"(or on {', '.join(name for name in PLACES if name != 'grass')}).")
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,6 +20,7 @@ from acejax.demo.tasks import TASKS
 from acejax.edit.editor import Editor
 from acejax.edit.profile import Profile
 from acejax.edit.sampler import Sampler
+from acejax.edit.tasks import Task
 from acejax.errors import UserError
 from acejax.model.config import MMDiTConfig
 from acejax.weights.load import load_mmdit
@@ -64,7 +65,7 @@ def save(folder: epath.PathLike, config: MMDiTConfig, params: Any, autoencoder: 
 
 def read_note(folder: epath.PathLike = SHIPPED) -> dict[str, Any]:
     """`weights.json`: how the weights came, the picture's `size` in pixels, `euler_steps`, the kind of
-    `autoencoder`, `config`.
+    `autoencoder`, the `tasks` that they were trained on, `config`.
 
     Raises:
       UserError: no such weights.
@@ -75,9 +76,15 @@ def read_note(folder: epath.PathLike = SHIPPED) -> dict[str, Any]:
     try:
         note = json.loads(path.read_text())
         MMDiTConfig(**note["config"]), note["size"], note["euler_steps"], note["autoencoder"]
+        list(note["tasks"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not the note of a demo's weights ({' '.join(str(error).split())[:100]})") from error
     return note
+
+
+def tasks_of(note: Mapping[str, Any]) -> dict[str, Task]:
+    """The presets of the tasks in a note."""
+    return {name: task for name, task in TASKS.items() if name in note["tasks"]}
 
 
 def load_editor(folder: epath.PathLike = SHIPPED, steps: int | None = None,
@@ -97,8 +104,17 @@ def load_editor(folder: epath.PathLike = SHIPPED, steps: int | None = None,
     autoencoder = load_autoencoder(folder / AUTOENCODER)
     if (found := kind_of(autoencoder)) != note["autoencoder"]:
         raise UserError(f"{folder}/{AUTOENCODER} is {found}; weights.json says {note['autoencoder']}")
-    profile = Profile("small weights", TASKS, CanvasConfig(editing_height=1.0), steps or note["euler_steps"], None,
+    tasks = tasks_of(note)
+
+    def encode(prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        for name in TASKS.keys() - tasks.keys():
+            if (start := TASKS[name].starts) and any(prompt.lower().startswith(start) for prompt in prompts):
+                raise UserError(f"{folder}: these weights have not learnt to {start.strip()}; they know the tasks "
+                                f"{', '.join(tasks)}")
+        return encode_prompts(prompts)
+
+    profile = Profile("small weights", tasks, CanvasConfig(editing_height=1.0), steps or note["euler_steps"], None,
                       note["size"])
     return Editor(profile, Sampler(config, params), jax.jit(lambda pictures: encode_pictures(autoencoder, pictures)),
-                  jax.jit(lambda latents: decode_latents(autoencoder, latents)), encode_prompts, lora=lora,
-                  batch=BATCH, check_prompt=lambda prompt: encode_prompts([prompt]))
+                  jax.jit(lambda latents: decode_latents(autoencoder, latents)), encode, lora=lora,
+                  batch=BATCH, check_prompt=lambda prompt: encode([prompt]))

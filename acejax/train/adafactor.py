@@ -110,6 +110,6 @@ def _wide(tree: Any) -> Any:
 
 
 def keys(seed: int, step: jax.Array) -> dict[str, jax.Array]:
-    """What rounding is drawn from in a step, by stack. ("rbg": 12 billion numbers a step would take threefry 80 ms.)"""
+    """What rounding is drawn from in a step, by stack. "rbg", as threefry computes more for each number."""
     key = jax.random.fold_in(jax.random.key(seed, impl="rbg"), step)
     return {name: jax.random.fold_in(key, number) for number, name in enumerate((*stacks.STACKS, "rest"))}

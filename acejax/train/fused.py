@@ -87,7 +87,7 @@ def fused_step(state: TrainState, batch: Batch, setting: StepConfig, optimizer: 
 
     params |= rest
     good = jnp.isfinite(loss) & jnp.isfinite(squared)
-    ema = jax.lax.cond(good, lambda: average(setting, state, params), lambda: state.ema)
+    ema = jax.lax.cond(good, lambda: average(setting, state.ema, state.step, params), lambda: state.ema)
     skipped = 1 - good.astype(jnp.int32)
     metrics = parts | {"loss": loss, "gradient_norm": jnp.sqrt(squared), "skipped": skipped}
     return TrainState(state.step + 1, params, moments, ema, state.skipped + skipped), metrics

@@ -143,12 +143,12 @@ def loss_parts(setting: StepConfig, batch: Batch, sigma: jax.Array, errors: jax.
         "task": (batch["task"], setting.tasks), "sigma": (jnp.minimum(bins, SIGMA_BINS - 1), SIGMA_BINS)})
 
 
-def average(setting: StepConfig, state: TrainState, params: Any) -> Any:
+def average(setting: StepConfig, ema: Any, step: jax.Array, params: Any) -> Any:
     """The averaged parameters after a step that made `params`."""
     if not setting.ema:
         return None
-    decay = jnp.minimum(setting.ema, (1 + state.step) / (10 + state.step))  # short at first: the start fades
-    return jax.tree.map(lambda mean, leaf: decay * mean + (1 - decay) * leaf.astype(jnp.float32), state.ema, params)
+    decay = jnp.minimum(setting.ema, (1 + step) / (10 + step))  # short at first: the start fades
+    return jax.tree.map(lambda mean, leaf: decay * mean + (1 - decay) * leaf.astype(jnp.float32), ema, params)
 
 
 def train_step(state: TrainState, batch: Batch, setting: StepConfig, optimizer: Optimizer, frozen: Any = None
@@ -170,16 +170,15 @@ def train_step(state: TrainState, batch: Batch, setting: StepConfig, optimizer: 
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
 
     def update(params, opt_state, ema):
-        del ema
         advance = optax.with_extra_args_support(optimizer).update
         updates, opt_state = advance(gradient, opt_state, params, step=state.step)
         params = optax.apply_updates(params, updates)
-        return params, opt_state, average(setting, state, params)
+        return params, opt_state, average(setting, ema, state.step, params)
 
     if isinstance(optimizer, Adafactor):
         params, opt_state = optimizer.apply(gradient, state.opt_state, state.params, keys(setting.seed, state.step),
                                             state.step, norm, finite)
-        ema = jax.lax.cond(finite, lambda: average(setting, state, params), lambda: state.ema)
+        ema = jax.lax.cond(finite, lambda: average(setting, state.ema, state.step, params), lambda: state.ema)
         changed = params, opt_state, ema
     else:
         # A branch, and no choice between old and new numbers: that would hold both, 15 GB more on 8 devices.

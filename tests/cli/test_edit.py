@@ -202,7 +202,15 @@ def test_the_tasks_are_listed(capsys):
     printed = capsys.readouterr().out
     assert "try_on              needed    needed    1 or more" in printed and "local_editing" in printed
     assert main(["edit", "--list_tasks", "--demo"]) == 0
-    assert "two_references      needed    needed    2 " in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "two_references      needed    needed    2 " in printed and "remove" not in printed
+
+
+def test_what_weights_were_not_trained_on_is_refused(place, capsys):
+    """The shipped ones know the word, and not what to do."""
+    assert main(["edit", "--demo", "--image=in/a.png", "--mask=in/m.png", "--prompt=remove it", "--out=o.png"]) == 2
+    assert "have not learnt to remove; they know the tasks recolor, insert" in capsys.readouterr().err
+    assert not (place / "o.png").exists()
 
 
 def test_warming_up_writes_nothing(place, capsys):

@@ -109,7 +109,7 @@ def test_large_pictures_are_judged_by_their_header():
             pictures.size(odd.png(20000, 20000, 8, 0, bytes(9)), "a")
 
 
-@pytest.mark.skipif(count("small", "full") == "small", reason="takes seconds and 1 GB")
+@pytest.mark.soak  # seconds, and 1 GB of memory
 def test_a_hundred_megapixels():
     flat = odd.png(10_000, 10_000, 8, 0, bytes(10_000 * 10_001))
     assert len(flat) < 200_000 and decode(flat).shape == (10_000, 10_000, 3)

@@ -31,7 +31,7 @@ def test_a_disk_that_fills_up_while_saving(tmp_path):
     assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == {str(EVERY), str(EVERY + 1)}
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="a user's own folders are not read-only to others")
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can run the command as a user who may not write")
 def test_a_read_only_workdir(tmp_path):
     """Refused in one line, for a user who may read it and not write."""
     os.chmod(tmp_path, 0o755)

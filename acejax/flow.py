@@ -107,22 +107,23 @@ def schedule(steps: int, seq_len: int) -> jax.Array:
     return jnp.asarray(np.exp(mu) * tau / (1 + (np.exp(mu) - 1) * tau), jnp.float32)
 
 
-def euler(velocity_fn: Callable[..., jax.Array], noise: jax.Array, sigmas: jax.Array, *each: Any) -> jax.Array:
-    """Integrate from noise to data as one scan.
+def euler(velocity_fn: Callable[..., jax.Array], noise: jax.Array, sigmas: jax.Array, *each: Any,
+          span: tuple[Any, Any] | None = None) -> jax.Array:
+    """Integrate from noise to data as one loop.
 
     Args:
       velocity_fn: (latents, sigma, *each) -> velocity of the latents' shape; sigma is a float32 scalar.
-      noise: the latents at sigmas[0].
+      noise: the latents at sigmas[0], or where the span starts.
       sigmas: [steps + 1], from `schedule`.
       each: trees whose leaves [steps, ...] hold something of each step.
+      span: the first step to take and the first not to; None is all. They may be traced, so that one program takes any
+        part of the way; then there are no gradients.
 
     Returns:
-      The latents at sigmas[-1], in noise's dtype.
+      The latents at sigmas[-1], or where the span ends, in noise's dtype.
     """
-    def step(latents, of_step):
-        sigma, following, *each = of_step
-        velocity = velocity_fn(latents, sigma, *each)
-        return (latents + (following - sigma) * velocity).astype(noise.dtype), None
+    def step(i, latents):
+        velocity = velocity_fn(latents, sigmas[i], *jax.tree.map(lambda leaf: leaf[i], each))
+        return (latents + (sigmas[i + 1] - sigmas[i]) * velocity).astype(noise.dtype)
 
-    latents, _ = jax.lax.scan(step, noise, (sigmas[:-1], sigmas[1:], *each))
-    return latents
+    return jax.lax.fori_loop(*(span or (0, len(sigmas) - 1)), step, noise)

@@ -1,8 +1,7 @@
 """From noise to latents: the modulation of all steps first, then Euler as one compiled loop without its weights."""
 
-import copy
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -34,8 +33,6 @@ class Sampler:
       quant: kernels in eight bits (`acejax.adapt.quantize`), which `params` then lacks.
       execution: how it is computed; on a mesh, its pins are the mesh's.
       mesh: parameters are sharded by `acejax.parallel.rules`, samples fall over `data` and `fsdp`; None is one device.
-      cache: leave the blocks out of steps whose modulation has changed by no more than this since they last ran
-        (`acejax.edit.step_cache`); `cache_error` tells what it costs. None: all steps are whole.
       offload: keep the 27 % of the parameters that make modulation on the host, and send them through the device layer
         by layer, once an edit.
 
@@ -45,15 +42,13 @@ class Sampler:
     """
 
     def __init__(self, config: MMDiTConfig, params: Params, *, quant: Params | None = None,
-                 execution: Execution = Execution(), mesh: Mesh | None = None, cache: float | None = None,
-                 offload: bool = False):
+                 execution: Execution = Execution(), mesh: Mesh | None = None, offload: bool = False):
         if config.in_channels not in INPUTS:
             raise ValueError(f"the model reads {config.in_channels} channels; known: {', '.join(map(str, INPUTS))}")
         if mesh is not None:
             rules.check_heads(mesh, config.num_heads)
             execution = dataclasses.replace(execution, constrain=rules.constrain(mesh), share=rules.share(mesh))
-        self.config, self.execution, self.mesh = config, execution, mesh
-        self.cache, self.offload = cache, offload
+        self.config, self.execution, self.mesh, self.offload = config, execution, mesh, offload
         first, rest = split({"params": params, "quant": quant})
         self._first, self._rest = jax.device_get(first) if offload else self.place(first), self.place(rest)
 
@@ -62,7 +57,8 @@ class Sampler:
         return jax.device_put(tree, None if self.mesh is None else rules.shardings(tree, self.mesh))
 
     def __call__(self, features: Mapping[str, np.ndarray], noise: np.ndarray, steps: int,
-                 guidance: float | Sequence[float] | None = 1.0, lora: Params | None = None) -> jax.Array:
+                 guidance: float | Sequence[float] | None = 1.0, lora: Params | None = None, *,
+                 cache: float | None = None, say: Callable[[int, int], None] | None = None) -> jax.Array:
         """Latents [B, h, w, 16] of whole canvases, float32.
 
         Args:
@@ -72,6 +68,10 @@ class Sampler:
           steps: of Euler.
           guidance: of each sample, or of all; a model without guidance reads none.
           lora: `acejax.adapt.lora`; several are one by its `combine`.
+          cache: leave the blocks out of steps whose modulation has changed by no more than this since they last ran
+            (`acejax.edit.step_cache`). None: all steps are whole.
+          say: is told how many steps are done, and how many of them were whole, each time the blocks have run. The
+            program is the one that takes all steps at once: only the host waits in between.
 
         Raises:
           UserError: no steps, or tokens that do not fall apart over the mesh.
@@ -96,15 +96,15 @@ class Sampler:
         sigmas = flow.schedule(steps, size)
         first, rest = split({"lora": None if lora is None else self.place(lora)})
         made = self._modulations(self._first | first, sigmas[:-1], rows.pop("pooled"), rows.pop("guidance"))
-        return _loop(self.config, self.execution, self.cache, self._rest | rest, rows, sigmas, made)[:batch]
-
-    def cache_error(self, features: Mapping[str, np.ndarray], noise: np.ndarray, steps: int,
-                    guidance: float | Sequence[float] | None = 1.0, lora: Params | None = None) -> float:
-        """How far the step cache takes these latents from whole steps', as relative root mean square."""
-        plain = copy.copy(self)
-        plain.cache = None
-        exact, found = (sampler(features, noise, steps, guidance, lora) for sampler in (plain, self))
-        return float(jnp.linalg.norm(found - exact) / jnp.linalg.norm(exact))
+        full = None if cache is None else _full_steps(made, cache)
+        starts = [0] if say is None else range(steps) if full is None else np.flatnonzero(full)
+        for whole, span in enumerate(zip(starts, [*starts[1:], steps], strict=True), 1):
+            latents = _loop(self.config, self.execution, full, self._rest | rest, rows, sigmas, made, np.int32(span))
+            rows["noise"] = jax.device_put(latents, None if self.mesh is None else rules.batch_sharding(self.mesh))
+            if say is not None:
+                latents.block_until_ready()
+                say(int(span[1]), whole)
+        return latents[:batch]
 
     def _modulations(self, trees: Trees, levels: jax.Array, pooled: jax.Array, guidance: jax.Array) -> Params:
         """Of all layers at levels [N]. Offloaded, the device has one layer's kernel at a time."""
@@ -147,16 +147,19 @@ def split(trees: Trees) -> tuple[Trees, Trees]:
     return tuple({name: part[i] or None for name, part in parts.items()} for i in (0, 1))
 
 
-def sample(config: MMDiTConfig, execution: Execution, cache: float | None, trees: Trees,
-           features: Mapping[str, jax.Array], sigmas: jax.Array, made: Params) -> jax.Array:
-    """The loop as a pure function: latents [B, h, w, 16] at sigmas[-1].
+def sample(config: MMDiTConfig, execution: Execution, full: jax.Array | None, trees: Trees,
+           features: Mapping[str, jax.Array], sigmas: jax.Array, made: Params, span: jax.Array | None = None
+           ) -> jax.Array:
+    """The loop as a pure function: latents [B, h, w, 16] at sigmas[-1], or at the end of a span.
 
     Args:
-      cache: as the sampler's.
+      full: [N] bool, the steps that run the blocks (`acejax.edit.step_cache.full_steps`); None: all.
       trees: what `split` gives second, all three.
       features: as the sampler's, with `noise`, and without `pooled`.
       sigmas: [N + 1].
       made: the modulation of the first N of them (`acejax.model.modulation.modulations`).
+      span: [2] int32, as of `acejax.flow.euler`; `noise` holds the latents at its start, and with `full` it starts with
+        a step that runs the blocks.
     """
     batch, height, width, _ = features["noise"].shape
     parts = {name: lcu.patchify(lcu.fold_mask(features[name]) if name == "mask" else features[name])
@@ -172,11 +175,12 @@ def sample(config: MMDiTConfig, execution: Execution, cache: float | None, trees
         return execution.constrain(velocity, "hidden"), residual
 
     noise = execution.constrain(lcu.patchify(features["noise"]).astype(jnp.float32), "hidden")
-    if cache is None:
-        latents = flow.euler(lambda *arguments: forward(*arguments)[0], noise, sigmas, made)
+    span = None if span is None else (span[0], span[1])
+    if full is None:
+        latents = flow.euler(lambda *arguments: forward(*arguments)[0], noise, sigmas, made, span=span)
     else:
         residual = jax.ShapeDtypeStruct((*noise.shape[:2], config.hidden_size), execution.dtype)
-        latents = step_cache.euler(forward, noise, sigmas, made, residual, cache)
+        latents = step_cache.euler(forward, noise, sigmas, made, residual, full, span)
     return lcu.unpack(latents, height, width)
 
 
@@ -184,7 +188,8 @@ def _modulate(config, execution, trees, sigma, pooled, guidance):
     return modulation.modulations(config, sigma=sigma, pooled=pooled, guidance=guidance, execution=execution, **trees)
 
 
-_loop = jax.jit(sample, static_argnums=(0, 1, 2))
+_loop = jax.jit(sample, static_argnums=(0, 1))
+_full_steps = jax.jit(step_cache.full_steps)
 _modulations = jax.jit(_modulate, static_argnums=(0, 1))
 _vector = jax.jit(modulation.vector, static_argnums=(0, 1))
 _of_layer = jax.jit(modulation.of_layer, static_argnums=(0, 1, 2))

@@ -1,10 +1,12 @@
 """Steps that leave the blocks out: what they added to the picture's tokens at the last full step is added again.
 
 After TeaCache (arXiv:2411.19108), with one difference: the modulation of all steps is known beforehand, and so are the
-steps that can be left out, whatever the picture and whatever else is in its batch.
+steps that can be left out, whatever the picture. They differ by prompt: a batch of one prompt leaves out what each of
+its edits alone would.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,22 +35,22 @@ def full_steps(made: Params, threshold: float) -> jax.Array:
 
 
 def euler(forward: Callable[..., tuple[jax.Array, jax.Array]], noise: jax.Array, sigmas: jax.Array, made: Params,
-          residual: jax.ShapeDtypeStruct, threshold: float) -> jax.Array:
+          residual: jax.ShapeDtypeStruct, full: jax.Array, span: tuple[Any, Any] | None = None) -> jax.Array:
     """`acejax.flow.euler` with steps left out.
 
     Args:
       forward: (latents, sigma, modulation, residual) -> velocity and what the blocks added; with a residual they do not
         run.
       residual: its shape and dtype.
-      threshold: as of `full_steps`.
+      full: [N] bool, the steps that run the blocks.
+      span: as of `acejax.flow.euler`; it starts with such a step.
     """
-    def step(carry, of_step):
+    def step(i, carry):
         latents, residual = carry
-        sigma, following, one, full = of_step
-        velocity, residual = jax.lax.cond(full, lambda kept: forward(latents, sigma, one, None),
-                                          lambda kept: forward(latents, sigma, one, kept), residual)
-        return ((latents + (following - sigma) * velocity).astype(noise.dtype), residual), None
+        one = jax.tree.map(lambda leaf: leaf[i], made)
+        velocity, residual = jax.lax.cond(full[i], lambda kept: forward(latents, sigmas[i], one, None),
+                                          lambda kept: forward(latents, sigmas[i], one, kept), residual)
+        return (latents + (sigmas[i + 1] - sigmas[i]) * velocity).astype(noise.dtype), residual
 
-    steps = sigmas[:-1], sigmas[1:], made, full_steps(made, threshold)
-    (latents, _), _ = jax.lax.scan(step, (noise, jnp.zeros(residual.shape, residual.dtype)), steps)
-    return latents
+    start = noise, jnp.zeros(residual.shape, residual.dtype)
+    return jax.lax.fori_loop(*(span or (0, len(sigmas) - 1)), step, start)[0]

@@ -34,7 +34,7 @@ def main() -> None:
     for shape in MESHES:
         for offload in (False, True):
             sampler = Sampler(CONFIG, params, mesh=make_mesh(shape), offload=offload)
-            made = sampler(features, noise, one.STEPS, one.GUIDANCE, lora)
+            made = sampler(features, noise, one.STEPS, one.GUIDANCE, lora, say=(lambda *_: None) if offload else None)
             found[f"{shape}, offload {offload}"] = judges.difference(jax.device_get(made), expected)
     left, quant = quantize.quantize(params)
     expected = Sampler(CONFIG, left, quant=quant)(features, noise, one.STEPS, one.GUIDANCE)

@@ -132,14 +132,24 @@ def test_offloaded_and_in_eight_bits(noise):
     assert judges.difference(found, expected) < 1e-4
 
 
-def test_a_step_cache_leaves_blocks_out(noise, alone):
-    """None at 0; the more the greater it is; at its greatest only the first and last step are whole."""
-    def cached(threshold):
-        return Sampler(CONFIG, loras.params(), cache=threshold)
+def test_progress_changes_nothing(sampler, noise, alone):
+    """Neither pixels nor what is compiled."""
+    told, compiled = [], sampling._loop._cache_size()
+    found = sampler(features(), noise, STEPS, GUIDANCE, say=lambda *steps: told.append(steps))
+    np.testing.assert_array_equal(found, alone)
+    assert told == [(1, 1), (2, 2), (3, 3)] and sampling._loop._cache_size() == compiled
 
-    assert judges.difference(cached(0.0)(features(), noise, STEPS, GUIDANCE), alone) < 1e-5
-    error = cached(1e9).cache_error(features(), noise, STEPS, GUIDANCE)
-    assert 1e-3 < error < 1
+
+def test_a_step_cache_leaves_blocks_out(sampler, noise, alone):
+    """None at 0; the more the greater it is; at its greatest only the first and last step are whole."""
+    def cached(threshold, **more):
+        return sampler(features(), noise, STEPS, GUIDANCE, cache=threshold, **more)
+
+    assert judges.difference(cached(0.0), alone) < 1e-5
+    told, found = [], cached(1e9)
+    np.testing.assert_array_equal(cached(1e9, say=lambda *steps: told.append(steps)), found)
+    assert told == [(2, 1), (3, 2)]
+    assert 1e-3 < float(jnp.linalg.norm(found - alone) / jnp.linalg.norm(alone)) < 1
     make = jax.jit(functools.partial(modulation.modulations, CONFIG))
     made = make(loras.params(), np.linspace(1, 0.1, 8)[:, None], np.ones((1, CONFIG.vec_in_dim)), np.ones(1))
     counts = [int(full_steps(made, threshold).sum()) for threshold in (0.0, 0.5, 1.0, 1e9)]

@@ -1,5 +1,6 @@
 """`acejax edit`: one edit, a manifest of them, or one made again from its result."""
 
+import dataclasses
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -14,8 +15,9 @@ from acejax.data import written
 from acejax.errors import UserError
 
 PICTURES = ("image", "mask", "reference", "control")
-KEPT = ("task", "prompt", "size", "scale", "seed", "steps", "guidance", "crop", "paste", "parity", "batch", "manifest",
-        "overwrite", "warm_up", "json", "dtype", "eight_bits", "staged", "offload", "mesh")  # a record tells them
+KEPT = ("task", "prompt", "size", "scale", "seed", "steps", "guidance", "step_cache", "measure_cache", "crop", "paste",
+        "parity", "batch", "manifest", "overwrite", "warm_up", "json", "dtype", "eight_bits", "staged", "offload",
+        "tile", "mesh")  # a record tells them
 
 
 def main(argv: Sequence[str]) -> int:
@@ -42,7 +44,7 @@ def main(argv: Sequence[str]) -> int:
     from acejax.edit.request import Options
 
     _check_flags(flag)
-    options = Options(flag["steps"], flag["guidance"], flag["crop"], flag["paste"])
+    options = Options(**{field.name: flag[field.name] for field in dataclasses.fields(Options)})
     entries = _entries(flag)
     if flag["warm_up"]:
         opened = open_weights(flag, loras, flag["parity"])
@@ -148,6 +150,9 @@ def _define(values: flags.FlagValues) -> None:
                       flag_values=values)
     flags.DEFINE_integer("steps", None, "Of the sampler; by default the weights'.", flag_values=values)
     flags.DEFINE_float("guidance", None, "Guidance scale; by default the weights'.", flag_values=values)
+    flags.DEFINE_float("step_cache", None, "Leave the transformer's blocks out of steps that change little, the more "
+                       "the greater it is (0.3); by default all steps are whole.", flag_values=values)
+    switch("measure_cache", "Make each edit with whole steps, too, and tell how far --step_cache takes it from them.")
     text("crop", "mask: work on a window around the mask; none: on the whole picture; auto: around the mask with the "
          "small weights, and where the whole is too large.", "auto")
     text("paste", "feather: pixels outside the mask stay the picture's; off: the model's own.", "feather")

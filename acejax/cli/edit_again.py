@@ -28,10 +28,10 @@ def again(path: str, out: str | None, moved: Mapping[str, Any], loras: Sequence[
     """
     kept, folder = record.read(path), epath.Path(path).parent
     entry = kept.entry(folder, out or path, moved)
-    flags = {name: record.resolved(folder, value) if isinstance(value, str) else value
-             for name, value in kept.opened.items() if name in FLAGS}
-    if missing := [name for name in FLAGS if name not in flags]:
-        raise UserError(f"{path}: its record can't be read: {missing[0]} is missing")
+    flags = dict.fromkeys(FLAGS) | {name: record.resolved(folder, value) if isinstance(value, str) else value
+                                    for name, value in kept.opened.items() if name in FLAGS}
+    if not flags["demo"] and not flags["base"]:
+        raise UserError(f"{path}: its record can't be read: it names no weights")
     flags |= {name: moved[name] for name in ("weights", "base", "contour", "depth") if moved.get(name)}
     before = [(record.resolved(folder, file.path), file.scale) for file in kept.files if file.field == "lora"]
     if loras and len(loras) != len(before):

@@ -3,7 +3,7 @@
 import dataclasses
 import sys
 import time
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from etils import epath
@@ -12,49 +12,55 @@ from tqdm import tqdm
 from acejax.cli.edit_weights import Opened
 from acejax.data.progress import Progress
 from acejax.edit import files, record
-from acejax.edit.editor import groups
+from acejax.edit.editor import Checked, groups
 from acejax.edit.manifest import Entry
 from acejax.edit.record import File, Record
 from acejax.edit.request import Options, Result
 from acejax.errors import UserError
 
+AHEAD = 64  # prompts that are read together where weights take turns: as many as `acejax.edit.models` remembers
 EVERY = 10.0  # seconds between lines in a log
 
 
-def check(entries: Sequence[Entry], opened: Opened, options: Options) -> list[Hashable]:
-    """Look at all edits before any is made; those with the same answer can be made at once.
+def check(entries: Sequence[Entry], opened: Opened, options: Options) -> list[Checked]:
+    """Look at all edits before any is made.
 
     Raises:
       UserError: one that can't be; in a manifest its line is named, and how many there are.
     """
-    shapes, faults = [], []
+    found, faults = [], []
     with Progress(len(entries), "checking", "edits") as progress:
         for entry in entries:
             try:
-                shapes.append(opened.editor.check(entry.open()[0], options))
+                found.append(opened.editor.check(entry.open()[0], options))
             except UserError as error:
                 faults.append(f"{entry.line}: {error}" if entry.line else str(error))
             progress.update()
     if faults:
         raise UserError(faults[0] + (f" ({len(faults)} edits have faults)" if len(faults) > 1 else ""))
-    return shapes
+    return found
 
 
-def run(entries: Sequence[Entry], shapes: Sequence[Hashable], opened: Opened, options: Options,
+def run(entries: Sequence[Entry], checked: Sequence[Checked], opened: Opened, options: Options,
         batch: int) -> list[dict[str, Any]]:
-    """Make and write the edits.
+    """Make and write the edits. Staged, the text encoders and the transformer take turns for 64 prompts at once.
 
     Args:
-      shapes: of `check`.
+      checked: of `check`.
       batch: most edits at once.
 
     Returns:
       What is told of each, in their order.
     """
     rows: dict[int, dict[str, Any]] = {}
+    order, read = groups([one.kind for one in checked], batch), set()
     with _Said(len(entries)) as said:
-        for members in groups(shapes, batch):
+        for place, members in enumerate(order):
             start, chosen = time.time(), [entries[index] for index in members]
+            if opened.flags["staged"] and any(checked[index].prompt not in read for index in members):
+                left = dict.fromkeys(checked[index].prompt for later in order[place:] for index in later)
+                read = [*left][:AHEAD]
+                opened.editor.read(read)
             made = edit(chosen, opened, options, said)
             for index, entry, (result, about) in zip(members, chosen, made, strict=True):
                 epath.Path(entry.out).parent.mkdir(parents=True, exist_ok=True)
@@ -64,10 +70,11 @@ def run(entries: Sequence[Entry], shapes: Sequence[Hashable], opened: Opened, op
     return [rows[index] for index in range(len(entries))]
 
 
-def warm_up(entries: Sequence[Entry], shapes: Sequence[Hashable], opened: Opened, options: Options, batch: int) -> int:
-    """Make edits of each shape and number and write nothing: their programs are in the compile cache then, and counted.
+def warm_up(entries: Sequence[Entry], checked: Sequence[Checked], opened: Opened, options: Options, batch: int) -> int:
+    """Make edits of each kind and number and write nothing: their programs are in the compile cache then, and counted.
     """
-    distinct = {(shapes[members[0]], len(members)): members for members in groups(shapes, batch)}
+    kinds = [one.kind for one in checked]
+    distinct = {(kinds[members[0]], len(members)): members for members in groups(kinds, batch)}
     with _Said(len(distinct)) as said:
         for members in distinct.values():
             opened.editor.edit([entries[index].open()[0] for index in members], options, said)
@@ -76,7 +83,7 @@ def warm_up(entries: Sequence[Entry], shapes: Sequence[Hashable], opened: Opened
 
 def edit(entries: Sequence[Entry], opened: Opened, options: Options, said: Any = None) -> list[tuple[Result, Record]]:
     """Edits of equal shapes, made at once, and the record of each."""
-    read = [entry.open() for entry in entries]
+    read, weights = [entry.open() for entry in entries], opened.files
     results = opened.editor.edit([request for request, _ in read], options, said)
     made = []
     for place, (entry, (request, hashes), result) in enumerate(zip(entries, read, results, strict=True)):
@@ -87,7 +94,7 @@ def edit(entries: Sequence[Entry], opened: Opened, options: Options, said: Any =
 
         used = [File(name, record.relative(folder, path), sha256)
                 for (name, path), sha256 in zip(entry.inputs, hashes, strict=True)]
-        used += [dataclasses.replace(file, path=seen(file.path)) for file in opened.files]
+        used += [dataclasses.replace(file, path=seen(file.path)) for file in weights]
         flags = {name: seen(value) for name, value in opened.flags.items()}
         made.append((result, record.make(opened.editor.profile, request, options, result, (place, len(entries)), flags,
                                          used)))
@@ -96,11 +103,13 @@ def edit(entries: Sequence[Entry], opened: Opened, options: Options, said: Any =
 
 def row(entry: Entry, result: Result, about: Record, seconds: float) -> dict[str, Any]:
     """What is told of an edit."""
-    names = ("task", "prompt", "told", "seed", "steps", "guidance", "scale", "size", "crop", "paste", "parity", "batch")
+    names = ("task", "prompt", "told", "seed", "steps", "guidance", "step_cache", "scale", "size", "crop", "paste",
+             "parity", "batch")
     return {"out": entry.out, **({"line": entry.line} if entry.line else {}),
             **{name: getattr(about, name) for name in names},
             "window": None if result.window is None else dataclasses.asdict(result.window), "drift": result.drift,
-            "tokens": result.tokens, "seconds": round(seconds, 3)}
+            "tokens": result.tokens, "skipped": result.skipped, "cache_error": result.cache_error,
+            "seconds": round(seconds, 3)}
 
 
 class _Said:
@@ -121,6 +130,9 @@ class _Said:
         self._bar.update()
         self._done, self._last = self._done + 1, time.time()
         drift = "" if told["drift"] is None else f", {told['drift']:.2f} of 255 off outside the mask before pasting"
+        if told["step_cache"] is not None:
+            error = "" if told["cache_error"] is None else f", {told['cache_error']:.2f} of 255 off whole steps"
+            drift += f", {told['skipped']} of {told['steps']} steps without the blocks{error}"
         count = f"{self._done} of {self._total}: " if self._total > 1 else ""
         tqdm.write(f"{count}wrote {out} (task {told['task']}, {told['size'][0]} x {told['size'][1]} pixels, seed "
                    f"{told['seed']}, {told['seconds']:.1f} s{drift})", file=sys.stdout)

@@ -1,10 +1,11 @@
 """The weights that `acejax edit` works with, and what a record says of them."""
 
 import dataclasses
+import functools
 import math
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -15,10 +16,12 @@ from acejax.edit.editor import Editor
 from acejax.edit.profile import Profile
 from acejax.edit.record import MOST_BATCH, File
 from acejax.errors import UserError
+from acejax.model.autoencoder import SMALLEST_TILE
 from acejax.weights import hub
 
 Lora = tuple[str, float]  # file, strength
-FLAGS = ("demo", "weights", "base", "dtype", "eight_bits", "staged", "offload", "mesh", "contour", "depth")
+Used = Callable[[Hashes], list[tuple]]  # fields of the `File`s that are read
+FLAGS = ("demo", "weights", "base", "dtype", "eight_bits", "staged", "offload", "tile", "mesh", "contour", "depth")
 PATHS = ("weights", "base", "contour", "depth")
 PARTS = ("vae", "text_encoder_2", "text_encoder", "tokenizer", "tokenizer_2")
 NOTES = pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache")) / "acejax" / "hashes.json"
@@ -30,12 +33,23 @@ class Opened:
 
     Attributes:
       flags: those of `FLAGS` that it was opened with, paths absolute.
-      files: weights and LoRAs with their checksums, paths absolute; those that come with acejax by name.
+      used: the fields of `files`.
     """
 
     editor: Editor
     flags: Mapping[str, Any]
-    files: tuple[File, ...]
+    used: Used
+
+    @functools.cached_property
+    def files(self) -> tuple[File, ...]:
+        """Weights and LoRAs with their checksums, paths absolute; those that come with acejax by name.
+
+        They are hashed when they are first asked for: tens of GB are not read for a request that can't be.
+        """
+        hashes = Hashes(NOTES)
+        found = tuple(File(*one) for one in self.used(hashes))
+        hashes.keep()
+        return found
 
 
 def open_weights(flags: Mapping[str, Any], loras: Sequence[Lora], parity: str | None) -> Opened:
@@ -46,20 +60,19 @@ def open_weights(flags: Mapping[str, Any], loras: Sequence[Lora], parity: str | 
     """
     flags = {name: _absolute(value) if name in PATHS and value else value for name, value in flags.items()
              if name in FLAGS}
-    hashes = Hashes(NOTES)
-    editor, used = (_small if flags["demo"] else _released)(flags, loras, parity, hashes)
-    used += [("lora", _absolute(path), hashes.of(_local(path)), scale) for path, scale in loras]
-    for name in ("contour", "depth"):
-        if flags[name]:
-            path = pathlib.Path(flags[name])
-            used += [("weights", str(file.absolute()), hashes.of(file), None) for file in
-                     (sorted(path.rglob("*.safetensors")) if path.is_dir() else [path])]
-    hashes.keep()
-    return Opened(editor, flags, tuple(File(*one) for one in used))
+    editor, weights = (_small if flags["demo"] else _released)(flags, loras, parity)
+
+    def used(hashes: Hashes) -> list[tuple]:
+        found = weights(hashes) + [("lora", _absolute(path), hashes.of(_local(path)), scale) for path, scale in loras]
+        for path in (pathlib.Path(flags[name]) for name in ("contour", "depth") if flags[name]):
+            found += [("weights", str(file.absolute()), hashes.of(file), None) for file in
+                      (sorted(path.rglob("*.safetensors")) if path.is_dir() else [path])]
+        return found
+
+    return Opened(editor, flags, used)
 
 
-def _small(flags: Mapping[str, Any], loras: Sequence[Lora], parity: str | None, hashes: Hashes
-           ) -> tuple[Editor, list[tuple]]:
+def _small(flags: Mapping[str, Any], loras: Sequence[Lora], parity: str | None) -> tuple[Editor, Used]:
     if given := [name for name in FLAGS if flags[name] and name not in ("demo", "weights")]:
         raise UserError(f"--{given[0]} is for FLUX's weights, not for those of --demo")
     if parity:
@@ -68,12 +81,11 @@ def _small(flags: Mapping[str, Any], loras: Sequence[Lora], parity: str | None, 
 
     folder = pathlib.Path(flags["weights"] or SHIPPED)
     editor = load_editor(folder, loras=loras)
-    return editor, [("weights", path.name if not flags["weights"] else str(path), hashes.of(path), None)
-                    for path in sorted(folder.glob("*.safetensors")) + [folder / "weights.json"]]
+    return editor, lambda hashes: [("weights", path.name if not flags["weights"] else str(path), hashes.of(path), None)
+                                   for path in sorted(folder.glob("*.safetensors")) + [folder / "weights.json"]]
 
 
-def _released(flags: Mapping[str, Any], loras: Sequence[Lora], parity: str | None, hashes: Hashes
-              ) -> tuple[Editor, list[tuple]]:
+def _released(flags: Mapping[str, Any], loras: Sequence[Lora], parity: str | None) -> tuple[Editor, Used]:
     """FLUX's weights; headers are read, the rest when the first edit is made."""
     from acejax.edit.annotators import annotator
     from acejax.edit.models import Models, ModelsConfig
@@ -84,14 +96,22 @@ def _released(flags: Mapping[str, Any], loras: Sequence[Lora], parity: str | Non
         raise UserError(f"--base={base}: no {', '.join(missing)} there; expected FLUX.1's folder with its parts")
     dtype = flags["dtype"] or "bfloat16"
     encoders = EncodersConfig(*(f"{base}/{part}" for part in PARTS[:3]), tokenizers=base, dtype=dtype,
-                              reference=parity == "reference")
+                              tile=_tile(flags["tile"]), reference=parity == "reference")
     models = Models(ModelsConfig(flags["weights"] or base, encoders, dtype, eight_bits=flags["eight_bits"],
                                  staged=flags["staged"], offload=flags["offload"], mesh=_mesh(flags["mesh"])), NOTES)
     maps = {name: flags[name] for name in ("contour", "depth") if flags[name]}
     profile = Profile.of(models.config, parity)
     editor = Editor(profile, models.sample, models.encode_pictures, models.decode_latents, models.encode_prompts,
                     lora=models.lora(loras), annotate=annotator(maps, parity), batch=MOST_BATCH)  # --batch is less
-    return editor, [("weights", path, checksum, None) for path, checksum in models.checksums()]
+    return editor, lambda hashes: [("weights", path, checksum, None) for path, checksum in models.checksums(hashes)]
+
+
+def _tile(cells: str | None) -> int | None:
+    if cells is None:
+        return None
+    if not cells.isdecimal() or int(cells) < SMALLEST_TILE:
+        raise UserError(f"--tile={cells}: expected {SMALLEST_TILE} cells of 8 pixels or more, such as 64")
+    return int(cells)
 
 
 def _mesh(axes: str | None) -> dict[str, int] | None:

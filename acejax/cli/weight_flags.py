@@ -21,6 +21,8 @@ def define_weights(values: flags.FlagValues) -> None:
     text("eight_bits", "Keep the transformer's kernels as int8 or float8.")
     switch("staged", "For small cards: text encoders and transformer are never in memory together.")
     switch("offload", "Keep on the host what is used once an edit: 6.5 GB of FLUX's transformer.")
+    text("tile", "Encode and decode pictures in squares of so many cells of 8 pixels (64), one after the other: less "
+         "memory.")
     text("mesh", "Spread the transformer over devices: fsdp=4,tensor=2.")
     text("contour", "The drawing network's file, for contour_repainting.")
     text("depth", "A DPT's folder, for depth_repainting.")

@@ -1,5 +1,6 @@
 """The editor: text and pictures in, pictures out. Encode once, sample as one compiled loop, decode, put back."""
 
+import dataclasses
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -19,6 +20,19 @@ from acejax.edit.sampler import Sampler
 from acejax.lcu import CELL
 
 Say = Callable[[str, float], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Checked:
+    """A request that can be made.
+
+    Attributes:
+      kind: requests of one kind can be made at once.
+      prompt: what the model will be told.
+    """
+
+    kind: Hashable
+    prompt: str
 
 
 class Editor:
@@ -60,30 +74,57 @@ class Editor:
         """The results of several edits; those of equal shapes are made at once, and each as if it were alone.
 
         Args:
-          say: is told what happens and how much of the whole is done (0 to 1).
+          say: is told what happens and how much of the whole is done (0 to 1), step by step.
 
         Raises:
           UserError: a request that can't be, before any of them is begun.
         """
         steps, guidance = self.profile.steps_of(options.steps), self.profile.guidance_of(options.guidance)
-        say = say or (lambda *_: None)
-        say("laying out the pictures", 0.0)
+        tell = say or (lambda *_: None)
+        tell("laying out the pictures", 0.0)
         prepared = [prepare(self.profile, request, options, self._annotate) for request in requests]
-        say("reading the prompts", 0.05)
+        tell("reading the prompts", 0.05)
         text, pooled = (np.asarray(part) for part in self._encode_prompts([one.prompt for one in prepared]))
         results: dict[int, Result] = {}
-        for members in groups([_shape(one) for one in prepared], self._batch):
-            say(f"making {len(members)} of {len(prepared)}", 0.1 + 0.9 * len(results) / len(prepared))
+        for members in groups([_kind(one, options) for one in prepared], self._batch):
+            def part(what: str, share: float, count: int = len(members)) -> None:
+                tell(what, 0.1 + 0.9 * (len(results) + count * share) / len(prepared))
+
+            part(f"making {len(members)} of {len(prepared)}", 0.0)
             chosen = [prepared[index] for index in members]
-            made = self.generate([one.canvas for one in chosen], (text[members], pooled[members]),
-                                 [one.request.seed for one in chosen], steps, guidance)
-            for index, one, picture in zip(members, chosen, made, strict=True):
-                results[index] = finish(one, picture, options)
-        say("done", 1.0)
+            made = self._make(chosen, (text[members], pooled[members]), steps, guidance, options, say and part)
+            results.update(zip(members, made, strict=True))
+        tell("done", 1.0)
         return [results[index] for index in range(len(prepared))]
 
-    def check(self, request: Request, options: Options = Options()) -> Hashable:
-        """Look at a request without making it. Requests with the same answer are made at once.
+    def _make(self, prepared: Sequence[Prepared], text: tuple[np.ndarray, np.ndarray], steps: int,
+              guidance: float | None, options: Options, say: Say | None) -> list[Result]:
+        """The results of requests of one kind."""
+        whole = steps
+
+        def stepped(done: int, ran: int) -> None:
+            nonlocal whole
+            whole = ran
+            if say is not None:
+                say(f"step {done} of {steps}", done / steps)
+
+        given = [one.canvas for one in prepared], text, [one.request.seed for one in prepared], steps, guidance
+        errors = [None] * len(prepared)
+        exact = self.generate(*given, say=say and stepped) if options.measure_cache else None
+        cached = options.step_cache is not None
+        made = self.generate(*given, cache=options.step_cache, say=stepped if say or cached else None)
+        if exact is not None:
+            errors = [float(np.sqrt(np.square(one.astype(np.float32) - other).mean()))
+                      for one, other in zip(made, exact, strict=True)]
+        return [dataclasses.replace(finish(one, picture, options), skipped=steps - whole, cache_error=error)
+                for one, picture, error in zip(prepared, made, errors, strict=True)]
+
+    def read(self, prompts: Sequence[str]) -> None:
+        """Read prompts of edits to come: weights that take turns in memory then do so once for all of them."""
+        self._encode_prompts(prompts)
+
+    def check(self, request: Request, options: Options = Options()) -> Checked:
+        """Look at a request without making it.
 
         Raises:
           UserError: as `edit` would.
@@ -96,22 +137,24 @@ class Editor:
 
         prepared = prepare(self.profile, request, options, stands_in)
         self._check_prompt(prepared.prompt)
-        return _shape(prepared)
+        return Checked(_kind(prepared, options), prepared.prompt)
 
     def generate(self, canvases: Sequence[Canvas], text: tuple[np.ndarray, np.ndarray], seeds: Sequence[int],
-                 steps: int, guidance: float | None) -> list[np.ndarray]:
+                 steps: int, guidance: float | None, *, cache: float | None = None,
+                 say: Callable[[int, int], None] | None = None) -> list[np.ndarray]:
         """What the model makes of canvases of one layout, masked or not: target units (with parity whole canvases).
 
         Args:
           text: the prompts' text [B, T, D] and pooled [B, P] features.
           seeds: of each one's noise.
+          cache, say: as the sampler's.
 
         Returns:
           Pictures [h, w, 3] uint8.
         """
         features = latents.encode(canvases, self._encode_pictures) | {"text": text[0], "pooled": text[1]}
         noise = jnp.stack([jax.random.normal(jax.random.key(seed), features["edit"].shape[1:]) for seed in seeds])
-        sampled = self._sampler(features, noise, steps, guidance, self.lora)
+        sampled = self._sampler(features, noise, steps, guidance, self.lora, cache=cache, say=say)
         if not canvases[0].joined:
             sampled = sampled[:, :, -(canvases[0].widths[-1] // CELL):]
         return list(denormalize(self._decode(sampled)))
@@ -125,6 +168,7 @@ def groups(shapes: Sequence[Hashable], batch: int) -> list[list[int]]:
     return [members[start:start + batch] for members in found.values() for start in range(0, len(members), batch)]
 
 
-
-def _shape(prepared: Prepared) -> Hashable:
-    return prepared.canvas.mask.shape, prepared.canvas.widths
+def _kind(prepared: Prepared, options: Options) -> Hashable:
+    """Of the canvas; with a step cache also the prompt, which decides what steps are left out."""
+    shape = prepared.canvas.mask.shape, prepared.canvas.widths
+    return shape if options.step_cache is None else (*shape, prepared.prompt)

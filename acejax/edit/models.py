@@ -24,7 +24,7 @@ from acejax.edit import transformer
 from acejax.edit.sampler import INPUTS, Sampler
 from acejax.errors import UserError
 from acejax.model import autoencoder
-from acejax.model.config import AutoencoderConfig, Execution, MMDiTConfig
+from acejax.model.config import AutoencoderConfig, CLIPConfig, Execution, MMDiTConfig, T5Config
 from acejax.model.mmdit import Params
 from acejax.parallel import rules
 from acejax.parallel.mesh import make_mesh
@@ -95,24 +95,20 @@ class Models:
         self._mesh = None if config.mesh is None else make_mesh(config.mesh)
         if self._mesh is not None:
             rules.check_heads(self._mesh, self.config.num_heads)
-        first = make_mesh({"data": 1}, jax.local_devices()[:1])
-        # What ACE_plus's LoRA inference does with prompts, its 448-channel model's does not.
-        reference = config.encoders.reference and self.config.in_channels == 384
-        self._encoders = Encoders.load(dataclasses.replace(config.encoders, reference=reference), first, notes)
         self._autoencoder = open_model(config.encoders.autoencoder, AutoencoderConfig)
-        _, *widths = self._encoders.text_shape
-        if widths != [self.config.context_in_dim, self.config.vec_in_dim]:
+        widths = (open_model(config.encoders.t5, T5Config).config.d_model,
+                  open_model(config.encoders.clip, CLIPConfig).config.hidden_size)
+        if widths != (self.config.context_in_dim, self.config.vec_in_dim):
             raise UserError(f"{config.encoders.t5} and {config.encoders.clip} give features of {widths[0]} and "
                             f"{widths[1]} numbers; {config.transformer} reads {self.config.context_in_dim} and "
                             f"{self.config.vec_in_dim}")
-        self.encode_pictures = self._encoders.pictures
         self._sampler: Sampler | None = None
         self._prompts: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         self._loras: dict[str, Params] = {}
 
     def encode_prompts(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Text [B, T, D] and pooled [B, P]; of prompts that were seen before, from memory."""
-        known = self._prompts
+        known = {prompt: self._prompts[prompt] for prompt in sorted(self._prompts, key=prompts.__contains__)}
         if new := [prompt for prompt in dict.fromkeys(prompts) if prompt not in known]:
             if self._how.staged:
                 self._sampler = None
@@ -121,8 +117,12 @@ class Models:
                 known = known | {prompt: (np.asarray(text)[0], np.asarray(pooled)[0])}
             if self._how.staged:
                 self._encoders.free_prompts()
-            self._prompts = dict([*known.items()][-PROMPTS:])
+        self._prompts = dict([*known.items()][-PROMPTS:])  # those that were asked for last
         return tuple(np.stack(part) for part in zip(*(known[prompt] for prompt in prompts), strict=True))
+
+    def encode_pictures(self, pictures: np.ndarray) -> jax.Array:
+        """Pictures [B, 8h, 8w, 3] in [-1, 1] -> latents [B, h, w, 16]."""
+        return self._encoders.pictures(pictures)
 
     def decode_latents(self, latents: Any) -> jax.Array:
         """Latents [B, h, w, 16] -> pictures [B, 8h, 8w, 3] about [-1, 1]."""
@@ -146,24 +146,23 @@ class Models:
             _local(path), self.config)) for path, _ in files}
         return adapt.combine([(self._loras[path], strength) for path, strength in files]) if files else None
 
-    def checksums(self) -> list[tuple[str, str]]:
+    def checksums(self, hashes: Hashes) -> list[tuple[str, str]]:
         """Path and xxh3_128 of the transformer's files, and what names the encoders' results."""
         if isinstance(self._source, Model):
             paths = files(self._source) if self._source.path.suffix not in PICKLES else [self._source.path]
         else:
             inside = pathlib.Path(self._source, "checkpoints")
             paths = sorted(path for path in (inside if inside.exists() else inside.parent).rglob("*") if path.is_file())
-        seen, where = Hashes(self._notes), self._how.encoders
-        found = [(str(path.absolute()), seen.of(path)) for path in paths]
-        seen.keep()
+        found, where = [(str(path.absolute()), hashes.of(path)) for path in paths], self._how.encoders
         return [*found, (where.autoencoder, self._encoders.picture_id), (where.t5, self._encoders.text_id)]
 
-    def free(self) -> None:
-        """Let go of all weights; they are read again where they are needed."""
-        self._sampler = None
-        self._encoders.free_prompts()
-        self._encoders.free_autoencoder()
-        self.__dict__.pop("_decoder", None)
+    @functools.cached_property
+    def _encoders(self) -> Encoders:
+        """Not before they are needed: their files are hashed."""
+        # What ACE_plus's LoRA inference does with prompts, its 448-channel model's does not.
+        reference = self._how.encoders.reference and self.config.in_channels == 384
+        first = make_mesh({"data": 1}, jax.local_devices()[:1])
+        return Encoders.load(dataclasses.replace(self._how.encoders, reference=reference), first, self._notes)
 
     @functools.cached_property
     def _decoder(self) -> Callable[[jax.Array], jax.Array]:

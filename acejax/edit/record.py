@@ -45,7 +45,7 @@ class Record:
       platform: jax's, with the kind of device: "cpu", "gpu NVIDIA H100".
       task, prompt, told: the preset, the user's words, what the model was told.
       seed, steps, guidance, scale: as they were used.
-      size, crop, paste, parity: of the result (width, height), and how.
+      size, crop, paste, parity, step_cache: of the result (width, height), and how.
       asked: the size that was asked for (width, height), if any was.
       batch: its place among edits of equal shape that were made at once, and their number. Other batches may round
         otherwise.
@@ -71,6 +71,7 @@ class Record:
     opened: Mapping[str, bool | str | None]
     files: tuple[File, ...]
     asked: tuple[int, int] | None
+    step_cache: float | None = None
 
     def __post_init__(self):
         if not 0 <= self.batch[0] < self.batch[1] <= MOST_BATCH:
@@ -109,7 +110,7 @@ class Record:
 
     @property
     def options(self) -> Options:
-        return Options(self.steps, self.guidance, self.crop, self.paste)
+        return Options(self.steps, self.guidance, self.crop, self.paste, self.step_cache)
 
 
 def make(profile: Profile, request: Request, options: Options, result: Result, batch: tuple[int, int],
@@ -120,7 +121,7 @@ def make(profile: Profile, request: Request, options: Options, result: Result, b
                   request.seed, profile.steps_of(options.steps), profile.guidance_of(options.guidance),
                   float(profile.scale(task) if request.scale is None else request.scale),
                   result.picture.shape[1::-1], options.crop, options.paste, profile.canvas.parity, batch, dict(opened),
-                  tuple(used), request.size and request.size[::-1])
+                  tuple(used), request.size and request.size[::-1], options.step_cache)
 
 
 def read(path: epath.PathLike) -> Record:
@@ -197,4 +198,4 @@ def platform() -> str:
 
 def _typed(cls: type, given: Mapping[str, Any]) -> Any:
     return cls(**{field.name: fields.value(given[field.name], field.type, field.name)
-                  for field in dataclasses.fields(cls)})
+                  for field in dataclasses.fields(cls) if field.name in given or field.default is dataclasses.MISSING})

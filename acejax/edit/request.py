@@ -1,6 +1,7 @@
 """One edit as it is asked for, and what comes of it."""
 
 import dataclasses
+import math
 
 import numpy as np
 
@@ -51,14 +52,23 @@ class Options:
       crop: "mask", work on a window around the mask; "none", on the whole picture; "auto", around the mask with the
         small weights and where the whole is more than the weights can see at once.
       paste: "feather", pixels outside the mask are the picture's; "off", what the model made of them.
+      step_cache: leave the blocks out of steps whose modulation has changed by no more than this
+        (`acejax.edit.step_cache`); None: all steps are whole.
+      measure_cache: make each edit with whole steps, too, and tell how far it is from them.
     """
 
     steps: int | None = None
     guidance: float | None = None
     crop: str = "auto"
     paste: str = "feather"
+    step_cache: float | None = None
+    measure_cache: bool = False
 
     def __post_init__(self):
+        if self.step_cache is not None and not 0 <= self.step_cache < math.inf:
+            raise UserError(f"step_cache is {self.step_cache}; expected 0 or more, such as 0.3")
+        if self.measure_cache and self.step_cache is None:
+            raise UserError("measure_cache without step_cache: there is nothing to measure")
         for name, known in (("crop", CROPS), ("paste", PASTES)):
             if getattr(self, name) not in known:
                 raise UserError(f"{name} is {getattr(self, name)!r}; expected {', '.join(known)}")
@@ -74,6 +84,9 @@ class Result:
       window: the part of the picture that was worked on; None where there was no picture.
       drift: mean difference outside the mask, of 255, before the picture's own pixels were put back; None: no mask.
       tokens: image tokens of the canvas, references included.
+      skipped: steps that the step cache left the blocks out of.
+      cache_error: root mean square difference (of 255) of what the model made from what whole steps make; None: not
+        measured.
     """
 
     picture: np.ndarray
@@ -82,3 +95,5 @@ class Result:
     window: Crop | None
     drift: float | None
     tokens: int
+    skipped: int = 0
+    cache_error: float | None = None

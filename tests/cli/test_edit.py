@@ -14,6 +14,7 @@ from acejax import AutoencoderConfig, CLIPConfig, T5Config
 from acejax.cli import edit_run
 from acejax.cli.main import main
 from acejax.data import encoders
+from acejax.data.hashes import Hashes
 from acejax.demo import weights
 from acejax.demo.weights import SHIPPED
 from acejax.edit import files, record
@@ -82,6 +83,16 @@ def test_seeds_report_and_repetition(place, capsys, monkeypatch):
     assert "1 of 10,800 pixels differ, by" in capsys.readouterr().out
 
 
+def test_the_step_cache_is_reported_recorded_and_repeated(place, capsys):
+    line = ["edit", "--demo", "--prompt=a red heart", *INPUTS, "--steps=3", "--step_cache=1e9", "--measure_cache"]
+    assert main([*line, "--out=o.png", "--json=r.json"]) == 0
+    about = json.loads((place / "r.json").read_text())["edits"][0]
+    assert about["step_cache"] == 1e9 and about["skipped"] == 1 and about["cache_error"] > 0
+    assert "1 of 3 steps without the blocks, " in capsys.readouterr().out
+    assert record.read("o.png").step_cache == 1e9
+    assert main(["edit", "--from=o.png"]) == 0
+
+
 def test_other_weights_are_named(place, capsys):
     shutil.copytree(SHIPPED, place / "w")
     assert main([*EDIT, *INPUTS, "--weights=w", "--out=o.png"]) == 0
@@ -119,9 +130,9 @@ def test_a_manifest_that_was_stopped_goes_on(place, capsys, monkeypatch):
     assert [row["line"] for row in json.loads((place / "r.json").read_text())["edits"]] == ["e.jsonl:2", "e.jsonl:3"]
 
 
-@pytest.mark.long
-def test_released_weights_loras_and_their_record(place, capsys, monkeypatch):
-    """A small model in FLUX's layout, with a LoRA: made, recorded, made again, and a changed LoRA named."""
+@pytest.fixture
+def flux(place, monkeypatch):
+    """A small model in FLUX's layout."""
     monkeypatch.setattr(encoders.Tokenizers, "open", functools.lru_cache(encoders.Tokenizers.open))
     widths = {"transformer": (dataclasses.replace(models.MMDIT, in_channels=384, context_in_dim=32, vec_in_dim=64,
                                                   mlp_ratio=1.0), "transformer.safetensors"),
@@ -135,25 +146,42 @@ def test_released_weights_loras_and_their_record(place, capsys, monkeypatch):
         save_file(cases.state(config, layout=models.first(config)), place / "flux" / name / file)
     for name in ("tokenizer", "tokenizer_2"):
         (place / "flux" / name).symlink_to(tokenizers.folder() / name)
+    return ["edit", "--base=flux", "--weights=flux/transformer", "--dtype=float32", "--out=o.png"]
+
+
+@pytest.mark.parametrize("flags, message", [
+    ([*INPUTS, "--prompt=x", "--task=canny_repaint"], "unknown task 'canny_repaint'"),
+    (["--image=in/a.png", "--prompt=x", "--task=repainting"], "it needs a mask"), (INPUTS, "the prompt is empty"),
+    ([*INPUTS, "--prompt=x", "--guidance=101"], "guidance is 101.0; expected 0 to 100"),
+    ([*INPUTS, "--prompt=x", "--parity=other"], "parity is 'other'"),
+    ([*INPUTS, "--prompt=x", "--tile=3"], "--tile=3: expected 4 cells of 8 pixels or more"),
+    ([*INPUTS, "--prompt=x", "--measure_cache"], "measure_cache without step_cache")])
+def test_a_bad_request_costs_no_reading_of_weights(place, flux, capsys, monkeypatch, flags, message):
+    """Hashing FLUX's 34 GB takes minutes."""
+    monkeypatch.setattr(Hashes, "of", lambda self, path: pytest.fail(f"{path} was hashed"))
+    assert main([*flux, *flags]) == 2
+    assert message in (error := capsys.readouterr().err) and error.count("\n") == 1
+
+
+@pytest.mark.long
+def test_released_weights_loras_and_their_record(place, flux, capsys):
+    """With a LoRA and tiles: made, recorded, made again, and a changed LoRA named."""
     down, up = np.ones((2, 128), np.float32), np.ones((384, 2), np.float32)
     module = "lora_unet_double_blocks_0_img_attn_qkv.lora_"
     save_file({f"{module}down.weight": down, f"{module}up.weight": up}, place / "l.safetensors")
     Image.open("in/a.png").crop((30, 20, 78, 68)).save("in/a.png")
     Image.open("in/m.png").crop((30, 20, 78, 68)).save("in/m.png")
-    edit = ["edit", "--base=flux", "--weights=flux/transformer", "--dtype=float32", "--prompt=x", "--steps=1", *INPUTS]
+    edit = [*flux, *INPUTS, "--prompt=x", "--steps=1", "--tile=4"]
     assert main([*edit, "--out=lora.png", "--lora=l.safetensors:0.5"]) == 0
     kept = record.read("lora.png")
     assert kept.files[-1].path == "./l.safetensors" and kept.files[-1].scale == 0.5 and kept.guidance == 50
+    assert kept.opened["tile"] == "4"
     assert [file.path for file in kept.files if file.field == "weights"] == [
         "./flux/transformer/transformer.safetensors", "./flux/vae", "./flux/text_encoder_2"]
     assert main(["edit", "--from=lora.png"]) == 0
     save_file({f"{module}down.weight": down, f"{module}up.weight": 2 * up}, place / "l.safetensors")
     assert main(["edit", "--from=lora.png"]) == 2
     assert "lora " in capsys.readouterr().err
-    assert main([*edit, "--out=o.png", "--parity=other"]) == 2
-    assert main([*edit, "--out=o.png", "--guidance=101"]) == 2
-    assert main([*edit, "--out=o.png", "--task=canny_repaint"]) == 2
-    assert "guidance is 101.0; expected 0 to 100" in (error := capsys.readouterr().err) and error.count("\n") == 3
 
 
 LORA = "double_blocks.0.img_attn.proj.lora_"
@@ -170,6 +198,7 @@ MISTAKES = [
     ([*INPUTS, "--out=o.png", "--scale=2"], "scale is 2.0; expected 0 to 1"),
     ([*INPUTS, "--out=o.png", "--crop=all"], "crop is 'all'; expected auto, mask, none"),
     ([*INPUTS, "--out=o.png", "--size=10"], "size is '10'; expected WIDTHxHEIGHT"),
+    ([*INPUTS, "--out=o.png", "--tile=64"], "--tile is for FLUX's weights"),
     ([*INPUTS, "--out=o.png", "--seed=1,x"], "--seed=1,x: expected whole numbers"),
     ([*INPUTS, "--out=o.png", "--seed="], "--seed=: expected whole numbers"),
     ([*INPUTS, "--out=o.png", "--json=in"], "--json=in is a folder"),

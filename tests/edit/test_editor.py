@@ -24,7 +24,7 @@ class White(Editor):
         super().__init__(profile, None, None, None, lambda prompts: (np.zeros((len(prompts), 1, 1)),) * 2, **more)
         self.canvases, self.batches = [], []
 
-    def generate(self, canvases, text, seeds, steps, guidance):
+    def generate(self, canvases, text, seeds, steps, guidance, cache=None, say=None):
         self.canvases += canvases
         self.batches.append(list(seeds))
         assert len({(canvas.mask.shape, canvas.widths) for canvas in canvases}) == 1 and len(text[0]) == len(canvases)
@@ -90,6 +90,26 @@ def test_equal_shapes_are_made_at_once_and_come_back_in_order():
     assert [result.picture.shape[0] for result in results] == [64, 96, 64, 64, 96]
 
 
+def test_what_the_step_cache_left_out_is_told_and_measured():
+    class Cached(White):
+        def generate(self, *given, cache=None, say=None):
+            made = super().generate(*given)
+            for done in range(2, 8, 2):
+                say(done, done if cache is None else done // 2)
+            return made if cache is None else [picture - 3 for picture in made]
+
+    editor, told = Cached(), []
+    requests = [Request(prompt, None, picture(64, 64)) for prompt in "xyx"]
+    options = Options(steps=6, step_cache=0.3, measure_cache=True)
+    results = editor.edit(requests, options, lambda *now: told.append(now))
+    assert [(result.skipped, result.cache_error) for result in results] == [(3, 3.0)] * 3
+    assert editor.batches == [[0, 0], [0, 0], [0], [0]], "prompts apart, whole steps and cached ones"
+    shares = [share for what, share in told if what == "step 6 of 6"]
+    assert shares == pytest.approx([0.7, 0.7, 1.0, 1.0])
+    (plain,) = White().edit(requests[:1])
+    assert (plain.skipped, plain.cache_error) == (0, None)
+
+
 def test_a_picture_beyond_the_budget_is_worked_on_around_its_mask():
     image, mask = picture(1500, 2000), np.zeros((1500, 2000), np.uint8)
     mask[700:800, 900:1000] = 255
@@ -124,7 +144,7 @@ def test_masks_of_many_sizes_share_few_programs():
     for _ in range(12):
         mask = np.zeros(image.shape[:2], np.uint8)
         mask[100:, 100:][tuple(map(slice, rng.integers(20, 500, 2)))] = 255
-        height, width = editor.check(Request("x", None, image, mask))[0]
+        height, width = editor.check(Request("x", None, image, mask)).kind[0]
         assert height % 64 == 0 and width % 64 == 0
 
 
@@ -161,7 +181,7 @@ def test_parity_hands_out_what_the_released_code_does():
     image = picture(100, 90)
     assert editor(None, "x", image=image).shape == (96, 80, 3)
     columns = np.arange(96 + 80)[None, :, None].repeat(96, 0).repeat(3, 2).astype(np.uint8)
-    editor.generate = lambda canvases, *_: [columns[:, :sum(canvas.widths)] for canvas in canvases]
+    editor.generate = lambda canvases, *_, **__: [columns[:, :sum(canvas.widths)] for canvas in canvases]
     (result,) = editor.edit([Request("x", None, image, references=(picture(50, 50),))])
     assert result.picture.shape == (100, 90, 3) and result.tokens == 6 * 11
     assert result.picture[0, 0, 0] == pytest.approx(96 + 30, abs=1)
@@ -213,5 +233,8 @@ def test_mistakes_in_how():
             White().edit([Request("x")], Options(**options))
     with pytest.raises(UserError, match="the small weights take none"):
         White(SMALLEST).edit([Request("a red heart on grass")], Options(guidance=3.0))
-    with pytest.raises(UserError, match="crop is 'round'; expected auto, mask, none"):
-        Options(crop="round")
+    for options, message in (({"crop": "round"}, "crop is 'round'; expected auto, mask, none"),
+                             ({"step_cache": -1.0}, "step_cache is -1.0; expected 0 or more"),
+                             ({"measure_cache": True}, "measure_cache without step_cache")):
+        with pytest.raises(UserError, match=message):
+            Options(**options)

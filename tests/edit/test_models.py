@@ -15,12 +15,19 @@ import acejax
 from acejax import UserError
 from acejax.adapt import quantize
 from acejax.adapt.lora import combine
+from acejax.cli import edit_run
+from acejax.cli.edit_weights import Opened
 from acejax.data import encoders as encoders_file
 from acejax.data.encoders import EncodersConfig
+from acejax.data.hashes import Hashes
 from acejax.data.text import Tokenizers
 from acejax.edit import models as models_file
 from acejax.edit import transformer
+from acejax.edit.editor import Editor
+from acejax.edit.manifest import Entry
 from acejax.edit.models import Models, ModelsConfig
+from acejax.edit.profile import Profile
+from acejax.edit.request import Options
 from acejax.edit.sampler import Sampler
 from acejax.model.config import CLIPConfig, T5Config
 from acejax.weights import keymaps
@@ -135,7 +142,27 @@ def test_prompts_are_read_alone_and_as_the_model_was_trained(config, folder, mon
         one, released = (Models(dataclasses.replace(
             config, transformer=str(folder / f"{transformer_}.safetensors"),
             encoders=dataclasses.replace(config.encoders, reference=reference))) for reference in (False, True))
-        assert (one.checksums()[-1] == released.checksums()[-1]) == alike
+        assert (one.checksums(Hashes(None))[-1] == released.checksums(Hashes(None))[-1]) == alike
+
+
+def test_a_staged_manifest_reads_the_transformer_once(config, tmp_path, monkeypatch):
+    """Whatever the number of its prompts, up to those that are remembered; then once for each so many."""
+    loads, read = [], []
+    monkeypatch.setattr(Models, "_load", lambda self: loads.append(1) or (lambda features, noise, *_, **__: noise))
+    monkeypatch.setattr(encoders_file._Prompts, "__call__", lambda self, prompts: read.append(prompts[0]) or (
+        np.zeros((1, 4, 32)), np.zeros((1, 64))))
+    models = Models(dataclasses.replace(config, staged=True))
+    editor = Editor(Profile.of(MMDIT), models.sample, lambda pictures: np.zeros((
+        len(pictures), *(side // 8 for side in pictures.shape[1:3]), 16)), lambda latents: np.zeros((
+            len(latents), *(8 * side for side in latents.shape[1:3]), 3)), models.encode_prompts)
+    opened = Opened(editor, {"staged": True}, lambda hashes: [])
+    for ahead, words, expected in ((64, "abca", 1), (2, "defd", 2)):
+        monkeypatch.setattr(edit_run, "AHEAD", ahead)
+        entries = [Entry(str(tmp_path / f"{at}.png"), word, size="64x64") for at, word in enumerate(words)]
+        loads.clear()
+        edit_run.run(entries, edit_run.check(entries, opened, Options()), opened, Options(), 1)
+        assert len(loads) == expected and (tmp_path / "3.png").exists()
+    assert "".join(read) == "abcdef"
 
 
 def test_what_cannot_serve_is_named(config, folder):

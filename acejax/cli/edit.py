@@ -15,9 +15,9 @@ from acejax.data import written
 from acejax.errors import UserError
 
 PICTURES = ("image", "mask", "reference", "control")
-KEPT = ("task", "prompt", "size", "scale", "seed", "steps", "guidance", "step_cache", "measure_cache", "crop", "paste",
-        "parity", "batch", "manifest", "overwrite", "warm_up", "json", "dtype", "eight_bits", "staged", "offload",
-        "tile", "mesh")  # a record tells them
+KEPT = ("task", "prompt", "size", "scale", "seed", "steps", "guidance", "step_cache", "measure_cache", "grow", "crop",
+        "paste", "parity", "batch", "manifest", "overwrite", "warm_up", "json", "dtype", "eight_bits", "staged",
+        "offload", "tile", "mesh")  # a record tells them
 
 
 def main(argv: Sequence[str]) -> int:
@@ -153,6 +153,8 @@ def _define(values: flags.FlagValues) -> None:
     flags.DEFINE_float("step_cache", None, "Leave the transformer's blocks out of steps that change little, the more "
                        "the greater it is (0.3); by default all steps are whole.", flag_values=values)
     switch("measure_cache", "Make each edit with whole steps, too, and tell how far --step_cache takes it from them.")
+    flags.DEFINE_integer("grow", 0, "Make masks larger by so many pixels on all sides, where an edit looks cut.",
+                         flag_values=values)
     text("crop", "mask: work on a window around the mask; none: on the whole picture; auto: around the mask with the "
          "small weights, and where the whole is too large.", "auto")
     text("paste", "feather: pixels outside the mask stay the picture's; off: the model's own.", "feather")

@@ -3,7 +3,7 @@
 import dataclasses
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -12,14 +12,13 @@ from tqdm import tqdm
 from acejax.cli.edit_weights import Opened
 from acejax.data.progress import Progress
 from acejax.edit import files, record
-from acejax.edit.editor import Checked, groups
+from acejax.edit.editor import Checked, Say, groups
 from acejax.edit.manifest import Entry
 from acejax.edit.record import File, Record
 from acejax.edit.request import Options, Result
 from acejax.errors import UserError
 
 AHEAD = 64  # prompts that are read together where weights take turns: as many as `acejax.edit.models` remembers
-EVERY = 10.0  # seconds between lines in a log
 
 
 def check(entries: Sequence[Entry], opened: Opened, options: Options) -> list[Checked]:
@@ -54,19 +53,20 @@ def run(entries: Sequence[Entry], checked: Sequence[Checked], opened: Opened, op
     """
     rows: dict[int, dict[str, Any]] = {}
     order, read = groups([one.kind for one in checked], batch), set()
-    with _Said(len(entries)) as said:
+    with Progress(len(entries), "edit", "edits") as progress:
         for place, members in enumerate(order):
             start, chosen = time.time(), [entries[index] for index in members]
             if opened.flags["staged"] and any(checked[index].prompt not in read for index in members):
                 left = dict.fromkeys(checked[index].prompt for later in order[place:] for index in later)
                 read = [*left][:AHEAD]
                 opened.editor.read(read)
-            made = edit(chosen, opened, options, said)
+            made = edit(chosen, opened, options, _tell(progress))
             for index, entry, (result, about) in zip(members, chosen, made, strict=True):
                 epath.Path(entry.out).parent.mkdir(parents=True, exist_ok=True)
                 files.write_picture(entry.out, result.picture, {record.KEY: about.text()})
                 rows[index] = row(entry, result, about, (time.time() - start) / len(members))
-                said.wrote(entry.out, rows[index])
+                _wrote(rows[index], f"{len(rows)} of {len(entries)}: " if len(entries) > 1 else "")
+                progress.update()
     return [rows[index] for index in range(len(entries))]
 
 
@@ -75,16 +75,18 @@ def warm_up(entries: Sequence[Entry], checked: Sequence[Checked], opened: Opened
     """
     kinds = [one.kind for one in checked]
     distinct = {(kinds[members[0]], len(members)): members for members in groups(kinds, batch)}
-    with _Said(len(distinct)) as said:
+    with Progress(len(distinct), "warm-up", "kinds of edits") as progress:
         for members in distinct.values():
-            opened.editor.edit([entries[index].open()[0] for index in members], options, said)
+            opened.editor.edit([entries[index].open()[0] for index in members], options, _tell(progress))
+            progress.update()
     return len(distinct)
 
 
-def edit(entries: Sequence[Entry], opened: Opened, options: Options, said: Any = None) -> list[tuple[Result, Record]]:
-    """Edits of equal shapes, made at once, and the record of each."""
+def edit(entries: Sequence[Entry], opened: Opened, options: Options, say: Say | None = None
+         ) -> list[tuple[Result, Record]]:
+    """Edits of one kind, made at once, and the record of each."""
     read, weights = [entry.open() for entry in entries], opened.files
-    results = opened.editor.edit([request for request, _ in read], options, said)
+    results = opened.editor.edit([request for request, _ in read], options, say)
     made = []
     for place, (entry, (request, hashes), result) in enumerate(zip(entries, read, results, strict=True)):
         folder = epath.Path(entry.out).parent
@@ -103,42 +105,29 @@ def edit(entries: Sequence[Entry], opened: Opened, options: Options, said: Any =
 
 def row(entry: Entry, result: Result, about: Record, seconds: float) -> dict[str, Any]:
     """What is told of an edit."""
-    names = ("task", "prompt", "told", "seed", "steps", "guidance", "step_cache", "scale", "size", "crop", "paste",
-             "parity", "batch")
+    names = ("task", "prompt", "told", "seed", "steps", "guidance", "step_cache", "scale", "size", "grow", "crop",
+             "paste", "parity", "batch")
     return {"out": entry.out, **({"line": entry.line} if entry.line else {}),
             **{name: getattr(about, name) for name in names},
             "window": None if result.window is None else dataclasses.asdict(result.window), "drift": result.drift,
-            "tokens": result.tokens, "skipped": result.skipped, "cache_error": result.cache_error,
-            "seconds": round(seconds, 3)}
+            "tokens": result.tokens, "notes": list(result.notes), "skipped": result.skipped,
+            "cache_error": result.cache_error, "seconds": round(seconds, 3)}
 
 
-class _Said:
-    """What happens: a bar on a terminal, lines in a log."""
+def _tell(progress: Progress) -> Say:
+    """Of an edit, the step that it is at; how much of it is done the bar of all edits can't show."""
+    return lambda what, share: progress.say(what)
 
-    def __init__(self, total: int):
-        self._terminal = sys.stderr.isatty()
-        self._bar = tqdm(total=total, unit=" edits", disable=not self._terminal, delay=1)
-        self._total, self._done, self._last = total, 0, time.time()
 
-    def __call__(self, what: str, share: float) -> None:
-        self._bar.set_description(what)
-        if not self._terminal and time.time() - self._last >= EVERY:
-            self._last = time.time()
-            print(f"edit {self._done + 1} of {self._total}: {what}", flush=True)
-
-    def wrote(self, out: str, told: dict[str, Any]) -> None:
-        self._bar.update()
-        self._done, self._last = self._done + 1, time.time()
-        drift = "" if told["drift"] is None else f", {told['drift']:.2f} of 255 off outside the mask before pasting"
-        if told["step_cache"] is not None:
-            error = "" if told["cache_error"] is None else f", {told['cache_error']:.2f} of 255 off whole steps"
-            drift += f", {told['skipped']} of {told['steps']} steps without the blocks{error}"
-        count = f"{self._done} of {self._total}: " if self._total > 1 else ""
-        tqdm.write(f"{count}wrote {out} (task {told['task']}, {told['size'][0]} x {told['size'][1]} pixels, seed "
-                   f"{told['seed']}, {told['seconds']:.1f} s{drift})", file=sys.stdout)
-
-    def __enter__(self) -> "_Said":
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._bar.close()
+def _wrote(row: Mapping[str, Any], place: str) -> None:
+    """A line of a result, and what a user should know of it."""
+    told = f"task {row['task']}, {row['size'][0]} x {row['size'][1]} pixels, seed {row['seed']}, {row['seconds']:.1f} s"
+    if row["drift"] is not None:
+        told += f", {row['drift']:.2f} of 255 off outside the mask before pasting"
+    if row["step_cache"] is not None:
+        told += f", {row['skipped']} of {row['steps']} steps without the blocks"
+    if row["cache_error"] is not None:
+        told += f", {row['cache_error']:.2f} of 255 off whole steps"
+    tqdm.write(f"{place}wrote {row['out']} ({told})", file=sys.stdout)
+    for note in row["notes"]:
+        tqdm.write(f"{row['out']}: {note}", file=sys.stderr)

@@ -18,10 +18,10 @@ class Progress:
     """`with Progress(total, "pairs: pictures", "tiles") as progress: progress.update()`."""
 
     def __init__(self, total: int, label: str, unit: str):
-        self._label, self._unit, terminal = label, unit, sys.stderr.isatty()
+        self._label, self._unit, self._total, terminal = label, unit, total, sys.stderr.isatty()
         self._lines = not terminal and is_first()
         self._bar = tqdm(total=total, desc=label, unit=f" {unit}", disable=not (terminal and is_first()), delay=1)
-        self._total, self._done, self._started, self._said = total, 0, time.time(), time.time()
+        self._done, self._started, self._said = 0, time.time(), time.time()
         self._first: tuple[int, float] | None = None  # done, and when, as steady work began
         self._told = not is_first()
 
@@ -31,8 +31,15 @@ class Progress:
         if self._lines and (now := time.time()) - self._said >= EVERY:
             self._said, rate = now, self._done / (now - self._started)
             left = (self._total - self._done) / rate
-            print(f"{self._label}: {self._done:,} of {self._total:,} {self._unit}, {rate:,.1f} a second, "
-                  f"{left:,.0f} seconds left", flush=True)
+            print(f"{self._label}: {self._done:,} of {self._total:,} {self._unit}, "
+                  f"{format(rate, ',.1f' if rate >= 1 else '.2g')} a second, {left:,.0f} seconds left", flush=True)
+
+    def say(self, what: str) -> None:
+        """What is being done: beside the bar, or as a line from time to time."""
+        self._bar.set_description(f"{self._label}: {what}")
+        if self._lines and (now := time.time()) - self._said >= EVERY:
+            self._said = now
+            print(f"{self._label}: {what}, {self._done:,} of {self._total:,} {self._unit} done", flush=True)
 
     def steady(self) -> None:
         """To be called from time to time, first when all is done that is slow but once, such as compiling."""

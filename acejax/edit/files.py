@@ -29,7 +29,7 @@ def hashed_picture(path: epath.PathLike) -> tuple[np.ndarray, str]:
 
 
 def read_mask(path: epath.PathLike, size: tuple[int, int]) -> np.ndarray:
-    """A mask file as [h, w] uint8, 255 = generate (white), binarised at half.
+    """A mask file as [h, w] uint8, white = generate; grey as it is stored: what an edit makes of it is its affair.
 
     Raises:
       UserError: unreadable, of another size (height, width) than its picture, or without a white pixel.
@@ -40,9 +40,9 @@ def read_mask(path: epath.PathLike, size: tuple[int, int]) -> np.ndarray:
 def hashed_mask(path: epath.PathLike, size: tuple[int, int]) -> tuple[np.ndarray, str]:
     """`read_mask`, and the SHA-256 of the file's bytes."""
     data = pictures.read(path)
-    mask = np.where(pictures.decode_mask(data, str(path)) > 127, 255, 0).astype(np.uint8)
+    mask = pictures.decode_mask(data, str(path))
     pictures.check_mask(mask.shape, size, str(path))
-    if not mask.any():
+    if not (mask > 127).any():
         raise UserError(f"mask {path} has no white pixel: nothing to generate")
     return mask, hashlib.sha256(data).hexdigest()
 

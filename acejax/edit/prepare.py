@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -10,9 +10,9 @@ from acejax.data import resize
 from acejax.data.canvas import Canvas, editing
 from acejax.data.layout import ASPECT, CanvasConfig, lay_editing, visible
 from acejax.data.pictures import MOST_PIXELS
-from acejax.data.released import output
+from acejax.data.released import SEAM, output
 from acejax.data.released_layout import TOKEN, Size
-from acejax.edit import crop, paste, tasks
+from acejax.edit import crop, masks, paste, tasks
 from acejax.edit.annotators import inside
 from acejax.edit.crop import Crop
 from acejax.edit.profile import Profile
@@ -37,6 +37,7 @@ class Prepared:
       image, mask: the picture that the result is put into, as large as the result, and where; None: there is none.
       window: its part that is worked on.
       size: height and width of the result.
+      notes: of the result.
     """
 
     request: Request
@@ -47,6 +48,7 @@ class Prepared:
     mask: np.ndarray | None
     window: Crop | None
     size: Size
+    notes: tuple[str, ...]
 
 
 def prepare(profile: Profile, request: Request, options: Options, annotate: Annotate) -> Prepared:
@@ -65,17 +67,21 @@ def prepare(profile: Profile, request: Request, options: Options, annotate: Anno
     if not 0 <= scale <= 1:
         raise UserError(f"scale is {scale}; expected 0 to 1")
     _check_pictures(request)
+    if request.mask is not None:  # the released code has a threshold of its own
+        mask = masks.grown(request.mask, options.grow)
+        request = dataclasses.replace(request, mask=mask if parity else masks.binary(mask))
     image, mask, size = _framed(profile, name, task, request)
     if options.crop == "mask" and image is not None and (mask is None or parity):
         raise UserError(f"crop is 'mask', and {'parity works on the whole picture' if parity else 'there is no mask'}")
+    notes = tuple(_notes(profile, request))
     if image is None:
         shown = [_whole(profile, reference) for reference in request.references]
-        return Prepared(request, name, prompt, editing(profile.canvas, None, None, shown, size, scale), None, None,
-                        None, size)
+        canvas = _seamed(editing(profile.canvas, None, None, shown, size, scale))
+        return Prepared(request, name, prompt, canvas, None, None, None, size, notes)
     if parity:
         seen = _annotated(image, mask, request.control, task.annotator, annotate, profile.canvas.parity)
-        return Prepared(request, name, prompt, editing(profile.canvas, seen, mask, request.references, None, scale),
-                        image, mask, None, visible(size)[2:])
+        canvas = _seamed(editing(profile.canvas, seen, mask, request.references, None, scale))
+        return Prepared(request, name, prompt, canvas, image, mask, None, visible(size)[2:], notes)
     window, canvas, working = _window(profile, task, image, mask, request, options)
     seen, generate, control = (None if array is None else crop.cut(array, window, working)
                              for array in (image, mask, request.control))
@@ -84,7 +90,7 @@ def prepare(profile: Profile, request: Request, options: Options, annotate: Anno
     seen = _annotated(seen, generate, control, task.annotator, annotate, None)
     shown = [_whole(profile, reference) for reference in request.references]
     return Prepared(request, name, prompt, editing(canvas, seen, generate, shown, None, scale), image, mask, window,
-                    size)
+                    size, notes)
 
 
 def finish(prepared: Prepared, made: np.ndarray, options: Options) -> Result:
@@ -101,7 +107,7 @@ def finish(prepared: Prepared, made: np.ndarray, options: Options) -> Result:
             drift = paste.drift(image, picture, mask, window)
             if options.paste == "feather":
                 picture = paste.feather(image, picture, mask, window, FEATHER * max(window.height, window.width))
-    return Result(picture, prepared.task, prepared.prompt, window, drift, tokens)
+    return Result(picture, prepared.task, prepared.prompt, window, drift, tokens, prepared.notes)
 
 
 def _check_pictures(request: Request) -> None:
@@ -124,9 +130,30 @@ def _check_pictures(request: Request) -> None:
             raise UserError(f"the {name} is {found} pixels (width x height); its picture is {expected}")
     if request.mask is not None and not (request.mask > 127).any():
         raise UserError("the mask has no white pixel: nothing to generate")
-    if request.image is not None and min(request.image.shape[:2]) < SHORTEST:
-        raise UserError(f"the picture is {request.image.shape[1]} x {request.image.shape[0]} pixels (width x height); "
-                        f"expected at least {SHORTEST} a side")
+    for name, array in given.items():
+        if name != "mask" and array is not None and min(array.shape[:2]) < SHORTEST:
+            name = "the picture" if name == "image" else name
+            raise UserError(f"{name} is {array.shape[1]} x {array.shape[0]} pixels (width x height); expected at least "
+                            f"{SHORTEST} a side")
+
+
+def _notes(profile: Profile, request: Request) -> Iterator[str]:
+    """What is not seen of pictures beyond 4:1. Around a mask all is; the small weights see all of any picture."""
+    shown = {"the picture": request.image if request.mask is None else None} | {
+        f"reference {at}": reference for at, reference in enumerate(request.references, 1)}
+    for name, array in shown.items():
+        if array is not None and not profile.side and (seen := visible(array.shape[:2])[2:]) != array.shape[:2]:
+            done = "edited" if name == "the picture" else "looked at"
+            yield (f"{name} is longer than {ASPECT}:1 ({array.shape[1]} x {array.shape[0]}): only its middle, "
+                   f"{seen[1]} x {seen[0]} pixels, is {done}")
+
+
+def _seamed(canvas: Canvas) -> Canvas:
+    """A canvas whose result will lose columns to the released code's seam, if it has any left."""
+    if len(canvas.widths) > 1 and canvas.joined and canvas.widths[-1] <= SEAM:
+        raise UserError(f"beside the references the result has {canvas.widths[-1]} columns of the canvas, of which "
+                        f"parity='reference' drops {SEAM}; expected narrower references or a wider picture")
+    return canvas
 
 
 def _framed(profile: Profile, name: str, task: tasks.Task, request: Request

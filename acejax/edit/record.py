@@ -45,7 +45,7 @@ class Record:
       platform: jax's, with the kind of device: "cpu", "gpu NVIDIA H100".
       task, prompt, told: the preset, the user's words, what the model was told.
       seed, steps, guidance, scale: as they were used.
-      size, crop, paste, parity, step_cache: of the result (width, height), and how.
+      size, crop, paste, parity, grow, step_cache: of the result (width, height), and how.
       asked: the size that was asked for (width, height), if any was.
       batch: its place among edits of equal shape that were made at once, and their number. Other batches may round
         otherwise.
@@ -71,6 +71,7 @@ class Record:
     opened: Mapping[str, bool | str | None]
     files: tuple[File, ...]
     asked: tuple[int, int] | None
+    grow: int = 0
     step_cache: float | None = None
 
     def __post_init__(self):
@@ -110,7 +111,7 @@ class Record:
 
     @property
     def options(self) -> Options:
-        return Options(self.steps, self.guidance, self.crop, self.paste, self.step_cache)
+        return Options(self.steps, self.guidance, self.crop, self.paste, self.grow, self.step_cache)
 
 
 def make(profile: Profile, request: Request, options: Options, result: Result, batch: tuple[int, int],
@@ -121,7 +122,7 @@ def make(profile: Profile, request: Request, options: Options, result: Result, b
                   request.seed, profile.steps_of(options.steps), profile.guidance_of(options.guidance),
                   float(profile.scale(task) if request.scale is None else request.scale),
                   result.picture.shape[1::-1], options.crop, options.paste, profile.canvas.parity, batch, dict(opened),
-                  tuple(used), request.size and request.size[::-1], options.step_cache)
+                  tuple(used), request.size and request.size[::-1], options.grow, options.step_cache)
 
 
 def read(path: epath.PathLike) -> Record:

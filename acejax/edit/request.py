@@ -20,7 +20,8 @@ class Request:
       prompt: the instruction.
       task: a preset's name (`acejax.edit.tasks`); None: what the inputs stand for.
       image: [h, w, 3] uint8, the picture to edit.
-      mask: [h, w] uint8, > 127 = generate.
+      mask: [h, w] uint8, > 127 = generate. With parity as in the released code: > 128, and grey blends the control map
+        with the picture.
       references: pictures [., ., 3] uint8 to look at.
       control: [h, w, 3] uint8, a ready map (contours, depth, ...) of the image's size in place of the annotator.
       size: height and width of the result: where there is no image, and for outpainting and super-resolution.
@@ -52,6 +53,7 @@ class Options:
       crop: "mask", work on a window around the mask; "none", on the whole picture; "auto", around the mask with the
         small weights and where the whole is more than the weights can see at once.
       paste: "feather", pixels outside the mask are the picture's; "off", what the model made of them.
+      grow: pixels of the picture by which masks are made larger on all sides.
       step_cache: leave the blocks out of steps whose modulation has changed by no more than this
         (`acejax.edit.step_cache`); None: all steps are whole.
       measure_cache: make each edit with whole steps, too, and tell how far it is from them.
@@ -61,10 +63,13 @@ class Options:
     guidance: float | None = None
     crop: str = "auto"
     paste: str = "feather"
+    grow: int = 0
     step_cache: float | None = None
     measure_cache: bool = False
 
     def __post_init__(self):
+        if self.grow < 0:
+            raise UserError(f"grow is {self.grow}; expected 0 pixels or more")
         if self.step_cache is not None and not 0 <= self.step_cache < math.inf:
             raise UserError(f"step_cache is {self.step_cache}; expected 0 or more, such as 0.3")
         if self.measure_cache and self.step_cache is None:
@@ -84,6 +89,7 @@ class Result:
       window: the part of the picture that was worked on; None where there was no picture.
       drift: mean difference outside the mask, of 255, before the picture's own pixels were put back; None: no mask.
       tokens: image tokens of the canvas, references included.
+      notes: what a user should know of it, in half sentences.
       skipped: steps that the step cache left the blocks out of.
       cache_error: root mean square difference (of 255) of what the model made from what whole steps make; None: not
         measured.
@@ -95,5 +101,6 @@ class Result:
     window: Crop | None
     drift: float | None
     tokens: int
+    notes: tuple[str, ...] = ()
     skipped: int = 0
     cache_error: float | None = None

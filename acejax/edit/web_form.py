@@ -80,7 +80,7 @@ def read(profile: Profile, form: Form, limits: Limits) -> Asked:
     image = opened("image", form.picture) if form.picture and task.image != NONE else None
     mask = None
     if task.mask != NONE and form.mask:
-        mask = np.where(opened("mask", form.mask, pictures.decode_mask) > 127, 255, 0).astype(np.uint8)
+        mask = opened("mask", form.mask, pictures.decode_mask)
         if image is not None:
             pictures.check_mask(mask.shape, image.shape[:2], shown(form.mask))
     painted = mask is None and task.mask != NONE and image is not None and form.painted is not None
@@ -139,6 +139,7 @@ def about(result: Result, asked: Asked, seconds: float) -> str:
     if result.window is not None:
         window = result.window
         lines.append(f"Worked on a window of {window.width} × {window.height} pixels at ({window.left}, {window.top}).")
+    lines += [f"{note[:1].upper()}{note[1:]}." for note in result.notes]
     if result.drift is not None:
         lines.append(f"Outside the mask the model drifted by {result.drift:.1f} of 255; your own pixels were put back "
                      "there.")

@@ -7,6 +7,7 @@ from acejax import MMDiTConfig, UserError
 from acejax.data.layout import CanvasConfig
 from acejax.demo.tasks import TASKS as SMALL
 from acejax.edit.editor import Editor
+from acejax.edit.masks import grown
 from acejax.edit.profile import Profile
 from acejax.edit.request import Options, Request
 from tests.counts import count
@@ -128,6 +129,39 @@ def test_a_result_without_a_picture_has_the_size_that_was_asked_for():
     assert White()(None, "x").shape == (1024, 1024, 3)
 
 
+@pytest.mark.parametrize("parity", [None, "reference"])
+def test_grey_masks_are_read_at_half_and_by_the_released_code_as_it_does(parity):
+    editor, image = White(Profile.of(MMDiTConfig.ace_plus_fft(), parity)), picture(64, 64)
+    mask = np.repeat(np.array([0, 127, 128, 129], np.uint8), 16)[None].repeat(64, 0)
+    control = 255 - image
+    (result,) = editor.edit([Request("x", "depth_repainting", image, mask, control=control)])
+    canvas = editor.canvases[0]
+    edge = 48 if parity else 32
+    assert not canvas.mask[:, :edge].any() and (canvas.mask[:, edge:] == 255).all()
+    source = {None: lambda m: np.where(m > 127, 1, 0), "reference": lambda m: m / 255}[parity](mask)[..., None]
+    assert np.abs(canvas.source - (source * control + (1 - source) * image)).max() <= 1
+
+
+def test_a_mask_grows():
+    image, mask = picture(100, 100), np.zeros((100, 100), np.uint8)
+    mask[40:60, 98:] = 255
+    (result,) = White().edit([Request("x", None, image, mask)], Options(grow=7))
+    changed = np.argwhere((result.picture != image).any(-1))
+    np.testing.assert_array_equal([changed.min(0), changed.max(0)], [[33, 91], [66, 99]])
+    for pixels in (0, 1, 7, 30, 200):
+        wide = np.zeros_like(mask)
+        wide[max(0, 40 - pixels):60 + pixels, max(0, 98 - pixels):] = 255
+        np.testing.assert_array_equal(grown(mask, pixels), wide)
+
+
+def test_what_is_not_seen_is_told():
+    long, mask = picture(40, 320), np.full((40, 320), 255, np.uint8)
+    requests = [Request("x", None, long), Request("x", None, long, mask), Request("x", references=(long,))]
+    found = [result.notes for result in White().edit(requests)]
+    assert found == [("the picture is longer than 4:1 (320 x 40): only its middle, 160 x 40 pixels, is edited",), (),
+                     ("reference 1 is longer than 4:1 (320 x 40): only its middle, 160 x 40 pixels, is looked at",)]
+
+
 def test_outpainting_puts_the_picture_in_the_middle():
     image = picture(100, 80)
     editor = White()
@@ -219,6 +253,7 @@ def test_mistakes(request_, message):
     (dict(image="photo.png"), r"image is str; expected \[h, w, 3\] uint8"),
     (dict(image=picture(64, 64), mask=np.ones((64, 64), bool)), r"mask is \[64, 64\] bool; expected \[h, w\] uint8"),
     (dict(image=picture(64, 64), references=[np.zeros((9, 9))]), r"reference 1 is \[9, 9\] float64"),
+    (dict(image=picture(64, 64), references=[picture(64, 3)]), "reference 1 is 3 x 64 pixels"),
     (dict(size=(99_999, 99_999)), "at most 179 megapixels"), (dict(seed=2**32), "seed is 4294967296; expected 0 to"),
     (dict(image=picture(64, 64), options=Options(crop="mask")), "crop is 'mask', and there is no mask")])
 def test_mistakes_from_python(more, message):
@@ -233,7 +268,11 @@ def test_mistakes_in_how():
             White().edit([Request("x")], Options(**options))
     with pytest.raises(UserError, match="the small weights take none"):
         White(SMALLEST).edit([Request("a red heart on grass")], Options(guidance=3.0))
+    parity = White(Profile.of(MMDiTConfig.ace_plus_lora(), "reference"))
+    with pytest.raises(UserError, match="result has 16 columns of the canvas, of which parity='reference' drops 30"):
+        parity(None, "x", image=picture(64, 16), references=[picture(64, 64)])
     for options, message in (({"crop": "round"}, "crop is 'round'; expected auto, mask, none"),
+                             ({"grow": -1}, "grow is -1; expected 0 pixels or more"),
                              ({"step_cache": -1.0}, "step_cache is -1.0; expected 0 or more"),
                              ({"measure_cache": True}, "measure_cache without step_cache")):
         with pytest.raises(UserError, match=message):

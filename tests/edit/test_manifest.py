@@ -73,7 +73,7 @@ def test_an_entry_opens_its_files(tmp_path):
     entry = Entry(str(tmp_path / "o.png"), "x", None, *paths, references=(paths[0],), size="30x20", seed=3)
     request, hashes = entry.open()
     np.testing.assert_array_equal(request.image, picture)
-    np.testing.assert_array_equal(request.mask, np.where(mask > 127, 255, 0))
+    np.testing.assert_array_equal(request.mask, mask)
     np.testing.assert_array_equal(request.references[0], picture)
     assert (request.size, request.seed, request.control) == ((20, 30), 3, None)
     assert [name for name, _ in entry.inputs] == ["image", "mask", "references"] and hashes[0] == hashes[2]

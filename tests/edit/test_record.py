@@ -39,8 +39,8 @@ def kept(tmp_path):
             for (name, path), sha256 in zip(entry.inputs, hashes, strict=True)]
     profile = Profile.of(MMDiTConfig.ace_plus_fft())
     result = Result(PICTURE, "repainting", "told", None, 1.5, 16)
-    about = record.make(profile, request, Options(guidance=30, paste="off"), result, (1, 3), {"demo": True},
-                        [*used, *WEIGHTS])
+    options = Options(guidance=30, paste="off", grow=2, step_cache=0.5)
+    about = record.make(profile, request, options, result, (1, 3), {"demo": True}, [*used, *WEIGHTS])
     files.write_picture(out, PICTURE, {record.KEY: about.text()})
     return out, about, entry
 
@@ -57,7 +57,8 @@ def test_a_png_keeps_everything(kept):
                                                           "lora"]
     expected = {"form": 1, "acejax": acejax.__version__, "platform": record.platform(), "task": "repainting",
                 "prompt": SAID, "told": "told", "seed": 7, "steps": 28, "guidance": 30.0, "scale": 1.0,
-                "size": [30, 20], "crop": "auto", "paste": "off", "parity": None, "batch": [1, 3]}
+                "size": [30, 20], "crop": "auto", "paste": "off", "parity": None, "batch": [1, 3],
+                "grow": 2, "step_cache": 0.5}
     assert {name: found[name] for name in expected} == expected
 
 
@@ -117,6 +118,9 @@ def test_no_record_and_damaged_ones(kept, tmp_path):
     with pytest.raises(UserError, match="o.jpg: no record"):
         record.read(tmp_path / "o.jpg")
     good = json.loads(about.text())
+    older = {name: value for name, value in good.items() if name not in ("grow", "step_cache")}
+    files.write_picture(tmp_path / "older.png", PICTURE, {record.KEY: json.dumps(older)})
+    assert record.read(tmp_path / "older.png") == dataclasses.replace(about, grow=0, step_cache=None)
     for change in ({"form": 2}, {"seed": "7"}, {"files": [{}]}, {"files": 3}, {"batch": [0, 10**9]}, {"size": [1]},
                    {"opened": {"mesh": 5}}, {"files": [good["files"][0]] * 2}, {"jax": "\x1b[31m"}):
         files.write_picture(out, PICTURE, {record.KEY: json.dumps(good | change)})

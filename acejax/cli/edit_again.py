@@ -7,8 +7,9 @@ import jax
 import numpy as np
 from etils import epath
 
-from acejax.cli.edit_run import edit
+from acejax.cli.edit_run import edit, tell
 from acejax.cli.edit_weights import FLAGS, Lora, open_weights
+from acejax.data.progress import Progress
 from acejax.edit import files, record
 from acejax.errors import UserError
 
@@ -46,7 +47,8 @@ def again(path: str, out: str | None, moved: Mapping[str, Any], loras: Sequence[
     if told:
         raise UserError(f"{path} can't be made again: {'; '.join(told)}")
     place, count = kept.batch
-    result, about = edit([entry] * count, opened, kept.options)[place]
+    with Progress(1, "edit", "edits") as progress:
+        result, about = edit([entry] * count, opened, kept.options, tell(progress))[place]
     if out:
         files.write_picture(out, result.picture, {record.KEY: about.text()})
         print(f"wrote {out}")

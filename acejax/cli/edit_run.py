@@ -60,7 +60,7 @@ def run(entries: Sequence[Entry], checked: Sequence[Checked], opened: Opened, op
                 left = dict.fromkeys(checked[index].prompt for later in order[place:] for index in later)
                 read = [*left][:AHEAD]
                 opened.editor.read(read)
-            made = edit(chosen, opened, options, _tell(progress))
+            made = edit(chosen, opened, options, tell(progress))
             for index, entry, (result, about) in zip(members, chosen, made, strict=True):
                 epath.Path(entry.out).parent.mkdir(parents=True, exist_ok=True)
                 files.write_picture(entry.out, result.picture, {record.KEY: about.text()})
@@ -77,7 +77,7 @@ def warm_up(entries: Sequence[Entry], checked: Sequence[Checked], opened: Opened
     distinct = {(kinds[members[0]], len(members)): members for members in groups(kinds, batch)}
     with Progress(len(distinct), "warm-up", "kinds of edits") as progress:
         for members in distinct.values():
-            opened.editor.edit([entries[index].open()[0] for index in members], options, _tell(progress))
+            opened.editor.edit([entries[index].open()[0] for index in members], options, tell(progress))
             progress.update()
     return len(distinct)
 
@@ -114,7 +114,7 @@ def row(entry: Entry, result: Result, about: Record, seconds: float) -> dict[str
             "cache_error": result.cache_error, "seconds": round(seconds, 3)}
 
 
-def _tell(progress: Progress) -> Say:
+def tell(progress: Progress) -> Say:
     """Of an edit, the step that it is at; how much of it is done the bar of all edits can't show."""
     return lambda what, share: progress.say(what)
 

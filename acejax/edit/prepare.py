@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -73,7 +73,7 @@ def prepare(profile: Profile, request: Request, options: Options, annotate: Anno
     image, mask, size = _framed(profile, name, task, request)
     if options.crop == "mask" and image is not None and (mask is None or parity):
         raise UserError(f"crop is 'mask', and {'parity works on the whole picture' if parity else 'there is no mask'}")
-    notes = tuple(_notes(profile, request))
+    notes = tuple(_notes(profile, image if mask is None else None, request.references))
     if image is None:
         shown = [_whole(profile, reference) for reference in request.references]
         canvas = _seamed(editing(profile.canvas, None, None, shown, size, scale))
@@ -137,10 +137,12 @@ def _check_pictures(request: Request) -> None:
                             f"{SHORTEST} a side")
 
 
-def _notes(profile: Profile, request: Request) -> Iterator[str]:
-    """What is not seen of pictures beyond 4:1. Around a mask all is; the small weights see all of any picture."""
-    shown = {"the picture": request.image if request.mask is None else None} | {
-        f"reference {at}": reference for at, reference in enumerate(request.references, 1)}
+def _notes(profile: Profile, image: np.ndarray | None, references: Sequence[np.ndarray]) -> Iterator[str]:
+    """What is not seen of pictures beyond 4:1, the image being one without a mask (of others all is seen that matters).
+
+    The small weights see all of any picture.
+    """
+    shown = {"the picture": image} | {f"reference {at}": reference for at, reference in enumerate(references, 1)}
     for name, array in shown.items():
         if array is not None and not profile.side and (seen := visible(array.shape[:2])[2:]) != array.shape[:2]:
             done = "edited" if name == "the picture" else "looked at"

@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 from acejax import AutoencoderConfig, CLIPConfig, T5Config
 from acejax.cli import edit_run
 from acejax.cli.main import main
-from acejax.data import encoders
+from acejax.data import encoders, progress
 from acejax.data.hashes import Hashes
 from acejax.demo import weights
 from acejax.demo.weights import SHIPPED
@@ -83,12 +83,14 @@ def test_seeds_report_and_repetition(place, capsys, monkeypatch):
     assert "1 of 10,800 pixels differ, by" in capsys.readouterr().out
 
 
-def test_the_step_cache_is_reported_recorded_and_repeated(place, capsys):
+def test_the_step_cache_is_reported_recorded_and_repeated(place, capsys, monkeypatch):
+    monkeypatch.setattr(progress, "EVERY", 0.0)
     line = ["edit", "--demo", "--prompt=a red heart", *INPUTS, "--steps=3", "--step_cache=1e9", "--measure_cache"]
     assert main([*line, "--out=o.png", "--json=r.json"]) == 0
     about = json.loads((place / "r.json").read_text())["edits"][0]
     assert about["step_cache"] == 1e9 and about["skipped"] == 1 and about["cache_error"] > 0
-    assert "1 of 3 steps without the blocks, " in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "edit: step 3 of 3, 0 of 1 edits done\n" in out and "1 of 3 steps without the blocks, " in out
     assert record.read("o.png").step_cache == 1e9
     assert main(["edit", "--from=o.png"]) == 0
 

@@ -156,10 +156,11 @@ def test_a_mask_grows():
 
 def test_what_is_not_seen_is_told():
     long, mask = picture(40, 320), np.full((40, 320), 255, np.uint8)
-    requests = [Request("x", None, long), Request("x", None, long, mask), Request("x", references=(long,))]
+    requests = [Request("x", None, long), Request("x", None, long, mask), Request("x", references=(long,)),
+                Request("x", "outpaint", long, size=(60, 400))]
     found = [result.notes for result in White().edit(requests)]
     assert found == [("the picture is longer than 4:1 (320 x 40): only its middle, 160 x 40 pixels, is edited",), (),
-                     ("reference 1 is longer than 4:1 (320 x 40): only its middle, 160 x 40 pixels, is looked at",)]
+                     ("reference 1 is longer than 4:1 (320 x 40): only its middle, 160 x 40 pixels, is looked at",), ()]
 
 
 def test_outpainting_puts_the_picture_in_the_middle():

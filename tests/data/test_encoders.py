@@ -187,7 +187,7 @@ def test_batches_of_any_size_over_several_devices(config, tmp_path, expected_tex
         assert jax.device_count() == 4
         assert len(made.prompts(["a"] * 8)[0].sharding.device_set) == 4
     """
-    flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"
     subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True, env=os.environ | {"XLA_FLAGS": flags})
     found = np.load(tmp_path / "found.npz")
     np.testing.assert_allclose(found["text"], expected_text[0], atol=1e-4)

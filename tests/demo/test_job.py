@@ -98,9 +98,9 @@ def test_edit_a_picture_of_any_size(done, tmp_path):
 
 
 def test_every_task_edits(done):
-    editor, size = load_editor(done[0] / "weights", steps=2), read_note(done[0] / "weights")["size"]
-    for task in TASKS:
-        sample = next(samples(1, task, 5, "test", size))
+    editor, note = load_editor(done[0] / "weights", steps=2), read_note(done[0] / "weights")
+    for task in note["tasks"]:
+        sample = next(samples(1, task, 5, "test", size := note["size"]))
         result = editor(task, sample.prompt, image=sample.image, mask=sample.mask, references=sample.references)
         assert result.shape == sample.target.shape == (size, size, 3)
 

@@ -30,14 +30,14 @@ from acejax.data.augment import AugmentConfig
 from acejax.data.cache.build import CacheConfig
 from acejax.data.config import DataConfig, SourceConfig, read_batches, read_stages
 from acejax.data.encoders import Encoders
-from acejax.data.layout import CanvasConfig
+from acejax.data.layout import TOKEN, CanvasConfig
 from acejax.data.sample import Sample
 from acejax.data.stream import Stream
 from acejax.data.subset import hold_out
 from acejax.demo import evaluate, weights
 from acejax.demo.autoencoder import encode_pictures
 from acejax.demo.job import OWN
-from acejax.demo.pictures import COLORS, HELD_PAIRS, paint, samples
+from acejax.demo.pictures import COLORS, HELD_PAIRS, box_sides, paint, samples
 from acejax.demo.scores import color_of
 from acejax.demo.surroundings import TEXT_TOKENS, TEXT_WIDTH, encode_prompts
 from acejax.errors import UserError
@@ -51,7 +51,6 @@ from acejax.train.validate import HeldOut
 TEST_SEED = 1_000_000
 ABOVE = 0.3  # that the LoRA's accuracy must have above the small weights' and the control's
 QUANTISED = 1.05  # times the LoRA's validation loss, that QLoRA's may be
-HALVES = (slice(None, 16), slice(16, None))  # of the demo's symbols of 32 pixels
 Record = Mapping[str, Any]
 
 
@@ -121,7 +120,8 @@ def make_config(model: acejax.MMDiTConfig, steps: int, rank: int, count: int, ba
     config.update({"steps": steps, "init_from": str(weights.SHIPPED / "mmdit.safetensors"),
                    "stages": ({"share": 1.0},), "model": dataclasses.asdict(model)})
     config.lora = {"rank": rank, "base": base}
-    config.data.update({"samples": count, "batch_sizes": ((16, 16),)})
+    size = weights.read_note()["size"]
+    config.data.update({"samples": count, "size": size, "batch_sizes": (((size // TOKEN) ** 2, 16),)})
     config.checkpoint.update({"every": steps, "export_every": steps, "export_layout": "comfy,diffusers"})
     config.validation.update({"every": steps, "held": 64})
     return config
@@ -171,10 +171,10 @@ class Rows(Sequence):
 
 def two_colours(count: int, seed: int, split: str) -> "Sequence[Record]":
     """Records as `acejax.demo.job.decoded` has them: the demo's `insert` with another colour in the lower half."""
-    rng, made = np.random.default_rng((seed, count)), []
-    for drawn in samples(8 * count, "insert", seed, split):
+    rng, made, note = np.random.default_rng((seed, count)), [], weights.read_note()
+    for drawn in samples(8 * count, "insert", seed, split, note["size"], tuple(note["scales"])):
         (thing,) = drawn.things
-        if thing.box[2] != 32 or len(made) == count:
+        if thing.box[2] != box_sides(note["size"])[-1] or len(made) == count:  # the largest alone
             continue
         allowed = [color for color in COLORS if color != thing.color and (thing.shape, color) not in HELD_PAIRS]
         below = dataclasses.replace(thing, color=allowed[rng.integers(len(allowed))])
@@ -190,9 +190,13 @@ def two_colours(count: int, seed: int, split: str) -> "Sequence[Record]":
 
 def accuracy(pictures: Sequence[np.ndarray], records: Sequence[Record]) -> float:
     """Share of halves whose mean colour inside the symbol is nearest to the right one."""
-    return float(np.mean([color_of(picture, thing, part) == thing.color
-                          for picture, record in zip(pictures, records, strict=True)
-                          for thing, part in zip(record["things"], HALVES, strict=True)]))
+    found = []
+    for picture, record in zip(pictures, records, strict=True):
+        above, below = record["things"]
+        middle = above.box[2] // 2
+        found += [color_of(picture, above, slice(None, middle)) == above.color,
+                  color_of(picture, below, slice(middle, None)) == below.color]
+    return float(np.mean(found))
 
 
 def against_diffusers(model: acejax.MMDiTConfig, params: Any, path: pathlib.Path, batch: Mapping[str, np.ndarray]

@@ -136,7 +136,7 @@ def run(config: ml_collections.ConfigDict, workdir: epath.PathLike, setup_second
     print("editing the test photo ...", flush=True)
     started = time.time()
     note = {"command": command, "seed": config.seed, "steps": config.steps, "euler_steps": config.evaluate.steps,
-            "tasks": [task for task in TASKS if task in config.data.tasks],
+            "tasks": [task for task in TASKS if task in config.data.tasks], "scales": config.data.scales,
             "seconds": round(sum(seconds.values()) - setup_seconds, 1), "train_seconds": round(seconds["train"], 1)}
     params = state.params if state.ema is None else state.ema
     weights.save(workdir / "weights", MMDiTConfig(**config.model), params, autoencoder, config.data.size, note)

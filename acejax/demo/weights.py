@@ -64,8 +64,8 @@ def save(folder: epath.PathLike, config: MMDiTConfig, params: Any, autoencoder: 
 
 
 def read_note(folder: epath.PathLike = SHIPPED) -> dict[str, Any]:
-    """`weights.json`: how the weights came, the picture's `size` in pixels, `euler_steps`, the kind of
-    `autoencoder`, the `tasks` that they were trained on, `config`.
+    """`weights.json`: how the weights came, the pictures' `size` in pixels and `scales`, `euler_steps`, the
+    kind of `autoencoder`, the `tasks` that they were trained on, `config`.
 
     Raises:
       UserError: no such weights.
@@ -76,7 +76,7 @@ def read_note(folder: epath.PathLike = SHIPPED) -> dict[str, Any]:
     try:
         note = json.loads(path.read_text())
         MMDiTConfig(**note["config"]), note["size"], note["euler_steps"], note["autoencoder"]
-        list(note["tasks"])
+        list(note["tasks"]), list(note["scales"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not the note of a demo's weights ({' '.join(str(error).split())[:100]})") from error
     return note

@@ -82,7 +82,7 @@ def measure(place: pathlib.Path, steps: int, count: int, seed: int) -> dict[str,
     note, file = weights.read_note(), weights.SHIPPED / "mmdit.safetensors"
     autoencoder = weights.load_autoencoder(weights.SHIPPED / weights.AUTOENCODER)
     tasks = [task for task in note["tasks"] if TASKS[task].references == (0, 0)]  # of one size: one bucket
-    rows, runs = Negatives(tasks, count, seed, note["size"]), {}
+    rows, runs = Negatives(tasks, count, seed, note["size"], tuple(note["scales"])), {}
     for name, kept in RUNS.items():
         print(f"\n== {name}", flush=True)
         config = make_config(note, steps, count, seed, *kept)
@@ -131,7 +131,8 @@ def make_config(note: Mapping[str, Any], steps: int, count: int, seed: int, dtyp
     config = runpy.run_path(str(folder() / "demo.py"))["get_config"]()
     config.update({"seed": seed, "steps": steps, "init_from": str(weights.SHIPPED / "mmdit.safetensors"),
                    "stages": ({"share": 1.0},), "model": dataclasses.asdict(acejax.MMDiTConfig(**note["config"]))})
-    config.data.update({"samples": count, "batch_sizes": (((note["size"] // TOKEN) ** 2, BATCH),)})
+    config.data.update({"samples": count, "size": note["size"],
+                        "batch_sizes": (((note["size"] // TOKEN) ** 2, BATCH),)})
     config.optimizer.update({"name": "adafactor", "learning_rate": RATE, "schedule": "constant", "warmup": 0.0,
                              "param_dtype": dtype, "rounding": rounding})
     config.checkpoint.every = steps
@@ -140,14 +141,15 @@ def make_config(note: Mapping[str, Any], steps: int, count: int, seed: int, dtyp
 
 
 class Negatives(Sequence):
-    """`count` samples of each task, all their pictures as negatives; pictures as PNG."""
+    """`count` samples of each task as `acejax.demo.pictures.samples` draws them; pictures are negatives, as PNG."""
 
-    def __init__(self, tasks: Sequence[str], count: int, seed: int, size: int):
-        self._name = f"{count} of {', '.join(tasks)} with seed {seed} of {size} pixels"
+    def __init__(self, tasks: Sequence[str], count: int, seed: int, size: int, scales: tuple[float, ...]):
+        self._name = f"{count} of {', '.join(tasks)} with seed {seed} of {size} pixels at {scales}"
         self._made = [Sample(drawn.task, drawn.prompt, png(255 - drawn.target),
                              None if drawn.image is None else png(255 - drawn.image),
                              None if drawn.mask is None else png(drawn.mask), name=f"{drawn.task} {index}")
-                      for task in tasks for index, drawn in enumerate(samples(count, task, seed, "train", size))]
+                      for task in tasks for index, drawn in enumerate(
+                          samples(count, task, seed, "train", size, scales))]
 
     def __len__(self) -> int:
         return len(self._made)

@@ -12,8 +12,8 @@ from benchmarks.rounding import Negatives, identical, judged
 
 
 def test_pictures_are_negatives_and_masks_are_not():
-    rows = Negatives(("text", "insert"), 2, 0, 80)
-    drawn = [one for task in ("text", "insert") for one in samples(2, task, 0, "train", 80)]
+    rows = Negatives(("text", "insert"), 2, 0, 80, (1.5, 2.0))
+    drawn = [one for task in ("text", "insert") for one in samples(2, task, 0, "train", 80, (1.5, 2.0))]
     assert len(rows) == 4 and len({rows.fingerprint(index) for index in range(4)}) == 4
     for row, one in zip(rows, drawn, strict=True):
         assert (row.task, row.prompt) == (one.task, one.prompt)

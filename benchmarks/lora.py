@@ -32,6 +32,7 @@ from acejax.data.config import DataConfig, SourceConfig, read_batches, read_stag
 from acejax.data.encoders import Encoders
 from acejax.data.layout import TOKEN, CanvasConfig
 from acejax.data.sample import Sample
+from acejax.data.stream import Stream
 from acejax.data.subset import hold_out
 from acejax.demo import evaluate, weights
 from acejax.demo.autoencoder import encode_pictures
@@ -130,18 +131,24 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, autoencoder:
           ) -> dict[str, np.ndarray]:
     """Train a run; its first batch."""
     rows = Rows(config.data.samples, config.seed)
+    stream, held_out = make_inputs(config, workdir, autoencoder, "two_colours", rows)
+    loop.train(config, workdir, stream, held_out=held_out)
+    return stream[0].arrays
+
+
+def make_inputs(config: ml_collections.ConfigDict, workdir: pathlib.Path, autoencoder: Mapping[str, np.ndarray],
+                name: str, rows: Sequence[Sample]) -> tuple[Stream, HeldOut]:
+    """What a run of the demo's config trains on and is judged by, of `rows`; features are kept beside the workdir."""
     encoders = Encoders(jax.jit(functools.partial(encode_pictures, autoencoder)), encode_prompts, "small weights",
                         str.encode, (TEXT_TOKENS, TEXT_WIDTH, TEXT_WIDTH))
-    data = DataConfig({"two_colours": SourceConfig("built-in")}, CanvasConfig(**config.data.canvas.to_dict()),
+    data = DataConfig({name: SourceConfig("built-in")}, CanvasConfig(**config.data.canvas.to_dict()),
                       AugmentConfig(), None, CacheConfig(str(workdir.parent / "cache"), "float32", batch=64),
                       config.seed)
-    features = inputs.make_features(data, {"two_colours": rows}, encoders)
+    features = inputs.make_features(data, {name: rows}, encoders)
     training, held = hold_out(features, config.validation.held, config.seed)
-    stream = inputs.make_stream(read_stages(config, ("two_colours",)), config.steps,
-                                read_batches(config.data, OWN), training,
+    stream = inputs.make_stream(read_stages(config, (name,)), config.steps, read_batches(config.data, OWN), training,
                                 make_mesh(config.mesh.to_dict()), config.seed)
-    loop.train(config, workdir, stream, held_out=HeldOut(held))
-    return stream[0].arrays
+    return stream, HeldOut(held)
 
 
 class Rows(Sequence):
@@ -155,7 +162,7 @@ class Rows(Sequence):
 
     def __getitem__(self, index: int) -> Sample:
         drawn = self._drawn[index]
-        return Sample("insert", drawn["prompt"], *map(_png, (drawn["target"], drawn["image"], drawn["mask"])),
+        return Sample("insert", drawn["prompt"], *map(png, (drawn["target"], drawn["image"], drawn["mask"])),
                       name=self.fingerprint(index))
 
     def fingerprint(self, index: int) -> str:
@@ -219,7 +226,7 @@ def table(report: Mapping[str, Any]) -> str:
     return "\n".join([*lines, "holds" if report["holds"] else "does not hold"])
 
 
-def _png(picture: np.ndarray) -> bytes:
+def png(picture: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(picture).save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()

@@ -13,6 +13,7 @@ for seed in 0 1 2; do
 done
 
 .venv/bin/acejax bench stages --json "$results/stages.json" || failed=1
+.venv/bin/acejax bench rounding --json "$results/rounding.json" || failed=1
 .venv/bin/acejax bench plan --json "$results/plan.json" || failed=1
 
 for pair in ${PYTHONS:-3.11:0.10 3.12:0.11 3.13:0.12}; do

@@ -4,12 +4,16 @@ import functools
 import json
 import types
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
+from acejax import MMDiTConfig
 from acejax.cli.main import main
 from acejax.data import inputs
 from acejax.train import decode, loop
-from tests.train.small import Table
+from acejax.weights import keymaps
+from tests.train.small import MODEL, Table
 
 LINE = ["train", "--config=ace_plus_stage2.py", "--config.init_from=", "--config.model.depth=1",
         "--config.mesh.fsdp=1", "--cpu_devices=1", "--config.data.batch_tokens=8192"]
@@ -75,6 +79,28 @@ def test_fewer_samples_than_a_batch_has_are_told(train, capsys):
 ])
 def test_mistakes_are_known_before_anything_is_written(train, flag, message, capsys):
     assert train.run(f"--config.{flag}") == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not train.streams and not train.workdir.exists()
+
+
+@pytest.mark.parametrize("flag, message", [
+    ("lora.rank=0", "config.lora: rank is 0; expected at least 1"),
+    ("lora.rank=4000", "config.lora.rank is 4000; expected 1 to 3072, the model's width"),
+    ("lora.targets=attention", "config.lora.targets: target 'attention' matches no linear layer; they are"),
+    ("lora.init_from=lora.safetensors", "proj.lora_down.weight' has shape (64, 8); expected (64, 3072)"),
+    ("init_from=base.safetensors", "'img_in.weight' (and 50 more) has shape (32, 384); expected (3072, 384)"),
+])
+def test_a_lora_that_cannot_be_is_told(train, tmp_path, monkeypatch, flag, message, capsys):
+    """Files of another geometry, a LoRA's and its base's, too."""
+    monkeypatch.chdir(tmp_path)
+    module = "lora_unet_double_blocks_0_img_attn_proj.lora_"
+    save_file({f"{module}{part}.weight": np.zeros(shape, np.float32) for part, shape in (
+        ("down", (64, 8)), ("up", (8, 64)))}, "lora.safetensors")
+    save_file({key: np.zeros(shape, np.float32) for key, shape in keymaps.expected(
+        MMDiTConfig(in_channels=384, **MODEL), "bfl").items()}, "base.safetensors")
+    assert main(["train", "--config=flux_fill_lora.py", f"--workdir={train.workdir}", "--config.model.depth=1",
+                 "--config.model.depth_single_blocks=1", "--cpu_devices=1", f"--config.{flag}"]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert not train.streams and not train.workdir.exists()

@@ -1,8 +1,8 @@
 """`python -m tests.train.meshed WORKDIR STEPS MESHES [PORT PROCESS [SILENCE]]`: the small run on mesh after mesh.
 
-MESHES is JSON, {name: mesh}; each is trained in WORKDIR/name, and where a mesh has "lora", one on weights that stay as
-they are, held as it says. With PORT it is one of two processes of four devices, without one process of as many as
-the meshes need.
+MESHES is JSON, {name: mesh}; each is trained in WORKDIR/name. Where a mesh has "lora", one is trained on weights that
+stay as they are, held as it says; where it has "optimizer", by that one. With PORT it is one of two processes of four
+devices, without one process of as many as the meshes need.
 """
 
 import json
@@ -30,6 +30,7 @@ from tests.goldens import cases
 from tests.train import small
 
 MODEL = {"hidden_size": 64, "num_heads": 8, "axes_dim": (2, 2, 4)}  # heads for tensor x seq = 8
+WIDE = {"hidden_size": 128, "axes_dim": (4, 4, 8)}  # that Adafactor keeps rows and columns of
 SIZES = ((12, 8),)  # one bucket: one compile
 
 
@@ -57,6 +58,9 @@ def run(workdir: pathlib.Path, mesh: dict[str, int], steps: int) -> None:
     if base := (mesh := dict(mesh)).pop("lora", None):
         config.lora = {"rank": 4, "base": base}
         config.init_from = str(weights(workdir.parent))
+    if optimizer := mesh.pop("optimizer", None):
+        config.optimizer.name = optimizer
+        config.model.update(WIDE)
     config.mesh.update({"data": 1} | mesh)
     config.steps = steps
     config.checkpoint.every = 3

@@ -58,6 +58,14 @@ def test_every_mesh_has_the_losses_of_one_device(expected, tmp_path):
         np.testing.assert_allclose(found, expected, rtol=1e-4, err_msg=name)
 
 
+@pytest.mark.long
+def test_adafactor_has_its_losses_on_a_mesh(tmp_path):
+    """Its means over rows and columns are of whole kernels, wherever their parts lie."""
+    kind = {"optimizer": "adafactor"}
+    expected = train(tmp_path, {"one": kind})["one"]
+    np.testing.assert_allclose(train(tmp_path, {"fsdp": {"fsdp": 8} | kind})["fsdp"], expected, rtol=1e-4)
+
+
 @pytest.mark.soak
 @pytest.mark.parametrize("base", ["float32", "int8"])
 def test_a_lora_has_its_losses_on_every_mesh(tmp_path, base):

@@ -71,6 +71,23 @@ def test_an_attached_file_gives_the_merged_velocity(tmp_path):
     assert difference(velocity(CONFIG, loras.params(), TOKENS), expected) > 0.1
 
 
+def test_two_files_with_scales_give_the_velocity_of_weights_merged_with_both(tmp_path):
+    """Attached as the editor does it; merged one after the other by `acejax.merge_lora`, and by numpy alone."""
+    pairs, strengths = (loras.factors(), loras.factors(seed=3)), (0.5, -0.75)
+    read, params = [], loras.params()
+    for one, strength in zip(pairs, strengths, strict=True):
+        path = write(tmp_path, *loras.files(one)["comfy"])
+        read.append((load_lora(path, CONFIG), strength))
+        params = acejax.merge_lora(params, load_lora(path, CONFIG, strength))
+    found = velocity(CONFIG, loras.params(), TOKENS, lora=adapt.combine(read))
+    assert difference(found, velocity(CONFIG, params, TOKENS)) < 1e-5
+    one, two = (loras.merged(each, strength * ALPHA / RANK) for each, strength in zip(pairs, strengths, strict=True))
+    both = {key: one[key] + two[key] - weight for key, weight in loras.state().items()}
+    for state, least, most in (both, 0, 1e-5), (one, 0.1, 10), (two, 0.1, 10):  # neither of them does it alone
+        merged = keymaps.from_foreign(CONFIG, state.__getitem__, "bfl")
+        assert least <= difference(found, velocity(CONFIG, merged, TOKENS)) < most
+
+
 @pytest.fixture
 def uneven(tmp_path):
     """A diffusers file of a different A for every projection, ranks 2 and 3 by turns, some modules left out."""

@@ -35,7 +35,7 @@ from acejax.data.sample import Sample
 from acejax.data.stream import Stream
 from acejax.data.subset import hold_out
 from acejax.demo import evaluate, weights
-from acejax.demo.autoencoder import encode_pictures
+from acejax.demo.autoencoder import encode_pictures, fingerprint
 from acejax.demo.job import OWN
 from acejax.demo.pictures import COLORS, HELD_PAIRS, box_sides, paint, samples
 from acejax.demo.scores import color_of
@@ -139,8 +139,8 @@ def train(config: ml_collections.ConfigDict, workdir: pathlib.Path, autoencoder:
 def make_inputs(config: ml_collections.ConfigDict, workdir: pathlib.Path, autoencoder: Mapping[str, np.ndarray],
                 name: str, rows: Sequence[Sample]) -> tuple[Stream, HeldOut]:
     """What a run of the demo's config trains on and is judged by, of `rows`; features are kept beside the workdir."""
-    encoders = Encoders(jax.jit(functools.partial(encode_pictures, autoencoder)), encode_prompts, "small weights",
-                        str.encode, (TEXT_TOKENS, TEXT_WIDTH, TEXT_WIDTH))
+    encoders = Encoders(jax.jit(functools.partial(encode_pictures, autoencoder)), encode_prompts,
+                        fingerprint(autoencoder), str.encode, (TEXT_TOKENS, TEXT_WIDTH, TEXT_WIDTH))
     data = DataConfig({name: SourceConfig("built-in")}, CanvasConfig(**config.data.canvas.to_dict()),
                       AugmentConfig(), None, CacheConfig(str(workdir.parent / "cache"), "float32", batch=64),
                       config.seed)
@@ -155,7 +155,8 @@ class Rows(Sequence):
     """`count` training samples, pictures as PNG."""
 
     def __init__(self, count: int, seed: int):
-        self._drawn, self._name = list(two_colours(count, seed, "train")), f"{count} with seed {seed}"
+        self._drawn = list(two_colours(count, seed, "train"))
+        self._name = f"{count} of {weights.read_note()['size']} pixels with seed {seed}"
 
     def __len__(self) -> int:
         return len(self._drawn)

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 import numpy as np
+import xxhash
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from acejax.errors import UserError
@@ -71,6 +72,11 @@ def fit(config: FitConfig, pictures: np.ndarray, seed: int = 0) -> Autoencoder:
 def kind_of(params: Autoencoder) -> str:
     """The kind that these arrays are of."""
     return "convolutional" if "encoder.in.kernel" in params else "linear"
+
+
+def fingerprint(params: Autoencoder) -> str:
+    """A hash of all its numbers."""
+    return xxhash.xxh3_64_hexdigest(b"".join(params[name].tobytes() for name in sorted(params)))
 
 
 def fit_linear(pictures: np.ndarray) -> Autoencoder:

@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import ml_collections
 import numpy as np
-import xxhash
 from etils import epath
 from jax.sharding import Mesh
 from PIL import Image
@@ -29,7 +28,7 @@ from acejax.data.sample import Sample
 from acejax.data.stream import Stream
 from acejax.data.subset import hold_out
 from acejax.demo import evaluate, weights
-from acejax.demo.autoencoder import Autoencoder, FitConfig, decode_latents, encode_pictures, fit
+from acejax.demo.autoencoder import Autoencoder, FitConfig, decode_latents, encode_pictures, fingerprint, fit
 from acejax.demo.grid import save_grid
 from acejax.demo.pictures import SPLITS, TASKS, samples
 from acejax.demo.surroundings import TEXT_TOKENS, TEXT_WIDTH, encode_prompts
@@ -103,7 +102,7 @@ def prepare(config: ml_collections.ConfigDict, workdir: epath.PathLike
             weights.save_autoencoder(place / weights.AUTOENCODER, fit(fitting, targets, config.seed))
     autoencoder = weights.load_autoencoder(place / weights.AUTOENCODER)
     encoders = Encoders(jax.jit(functools.partial(encode_pictures, autoencoder)), encode_prompts,
-                        xxhash.xxh3_64_hexdigest(b"".join(autoencoder[name].tobytes() for name in sorted(autoencoder))),
+                        fingerprint(autoencoder),
                         str.encode, (TEXT_TOKENS, TEXT_WIDTH, TEXT_WIDTH))
     features = inputs.make_features(
         DataConfig({"demo": SourceConfig(str(folder))}, CanvasConfig(**data.canvas.to_dict()), AugmentConfig(), None,

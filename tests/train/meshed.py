@@ -57,6 +57,7 @@ def run(workdir: pathlib.Path, mesh: dict[str, int], steps: int) -> None:
     config.model.update(MODEL)
     if base := (mesh := dict(mesh)).pop("lora", None):
         config.lora = {"rank": 4, "base": base}
+        config.optimizer.learning_rate = 0.03  # half of the factors start at zero
         config.init_from = str(weights(workdir.parent))
     if optimizer := mesh.pop("optimizer", None):
         config.optimizer.name = optimizer

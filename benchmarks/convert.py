@@ -21,6 +21,7 @@ import time
 import ml_dtypes
 import numpy as np
 
+from acejax.data.written import check_place
 from acejax.errors import UserError
 from acejax.model.config import MMDiTConfig
 from acejax.weights import keymaps, save
@@ -39,6 +40,7 @@ def main(argv: list[str]) -> int:
     if args.repeat < 1 or not 0 < args.gb < 1000 or args.folder and not pathlib.Path(args.folder).is_dir():
         raise UserError(f"bench convert: found --repeat={args.repeat} --gb={args.gb:g} --folder={args.folder}; "
                         "expected at least one pair, a size, and a folder that is there")
+    check_place(args.json)
     config = sized(args.gb)
     nbytes = size(config)
     with tempfile.TemporaryDirectory(dir=args.folder, prefix="acejax-convert-") as folder:

@@ -34,6 +34,7 @@ from acejax.data.layout import TOKEN, CanvasConfig
 from acejax.data.sample import Sample
 from acejax.data.stream import Stream
 from acejax.data.subset import hold_out
+from acejax.data.written import check_place
 from acejax.demo import evaluate, weights
 from acejax.demo.autoencoder import encode_pictures, fingerprint
 from acejax.demo.job import OWN
@@ -71,6 +72,7 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     if min(args.steps, args.rank, args.test) < 2 or args.samples < 20:
         raise UserError("bench lora: --steps, --rank and --test must be 2 or more, --samples 20 or more")
+    check_place(args.json)
     split_cpu(2)
     with tempfile.TemporaryDirectory() as scratch:
         report = measure(pathlib.Path(args.workdir or scratch), args.steps, args.rank, args.samples, args.test)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from acejax.cli import plan
 from acejax.cli.config import folder
+from acejax.data.written import check_place
 
 DEVICES = (8, 64, 256)
 TEMPORARIES = 5e9  # bytes a device, at most, on 256
@@ -25,8 +26,9 @@ def main(argv: list[str]) -> int:
     """Compile at each size; 1 where a plan is off by more than 10 %, or 256 devices need 5 GB of scratch."""
     parser = argparse.ArgumentParser(prog="acejax bench plan", description=__doc__.splitlines()[0])
     parser.add_argument("--devices", type=int, nargs="+", default=DEVICES)
-    parser.add_argument("--json", type=Path, default=Path(__file__).parent / "results" / "plan.json")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     args = parser.parse_args(argv)
+    check_place(args.json)
     rows, good = [], True
     with tempfile.TemporaryDirectory() as scratch:
         for devices in args.devices:
@@ -36,11 +38,12 @@ def main(argv: list[str]) -> int:
             good = plan.main(flags) == 0 and good
             rows.append(row(devices, json.loads(path.read_text())))
     good = good and all(row["xla"]["temporaries GB"] < TEMPORARIES / GB for row in rows if row["devices"] == 256)
-    args.json.write_text(json.dumps({
-        "command": "acejax bench plan", "date": datetime.date.today().isoformat(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, virtual CPU devices",
-        "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")},
-        "rows": rows, "holds": good}, indent=1) + "\n")
+    if args.json:
+        args.json.write_text(json.dumps({
+            "command": "acejax bench plan", "date": datetime.date.today().isoformat(),
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores, virtual CPU devices",
+            "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")},
+            "rows": rows, "holds": good}, indent=1) + "\n")
     print("\ndevices  XLA arguments  temporaries  plan arguments  temporaries     off  compile s")
     for one in rows:
         xla, planned = one["xla"], one["plan"]

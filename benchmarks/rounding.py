@@ -33,6 +33,7 @@ import acejax
 from acejax.cli.config import folder
 from acejax.data.layout import TOKEN
 from acejax.data.sample import Sample
+from acejax.data.written import check_place
 from acejax.demo import weights
 from acejax.demo.pictures import samples
 from acejax.demo.tasks import TASKS
@@ -68,6 +69,7 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     if args.steps < 1 or args.samples < 20 or args.seed < 0:
         raise UserError("bench rounding: --steps must be 1 or more, --samples 20 or more, --seed 0 or more")
+    check_place(args.json)
     split_cpu(2)
     with tempfile.TemporaryDirectory() as scratch:
         report = measure(pathlib.Path(args.workdir or scratch), args.steps, args.samples, args.seed)

@@ -20,6 +20,7 @@ import numpy as np
 
 from acejax import MMDiTConfig, apply, checkpoint
 from acejax.cli.config import folder
+from acejax.data.written import check_place
 from acejax.demo import job
 from acejax.demo.pictures import TASKS
 from acejax.errors import UserError
@@ -49,6 +50,7 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     if min(*args.steps, args.samples, args.test) < 2:
         raise UserError("bench stages: --steps, --samples and --test must be 2 or more")
+    check_place(args.json)
     split_cpu(2)
     with tempfile.TemporaryDirectory() as scratch:
         report = measure(pathlib.Path(args.workdir or scratch), *args.steps, args.samples, args.test)

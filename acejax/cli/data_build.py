@@ -7,8 +7,6 @@ import sys
 import time
 from typing import Any
 
-from etils import epath
-
 from acejax.data import manifest, written
 from acejax.data.build import NAME, build, record
 from acejax.data.progress import Progress
@@ -24,8 +22,7 @@ def main(argv: list[str]) -> int:
       UserError: whatever is wrong with the manifest, its pictures, the flags or the place.
     """
     args = _parser().parse_args(argv)
-    if args.json and not epath.Path(args.json).parent.exists():
-        raise UserError(f"--json={args.json}: its folder is not there")
+    written.check_place(args.json)
     if args.workers < 1 or (args.shards is not None and args.shards < 1):
         raise UserError(f"--workers={args.workers}, --shards={args.shards}: expected at least 1")
     found = manifest.read(args.manifest, args.fields, args.prefix)

@@ -5,11 +5,10 @@ import json
 from collections.abc import Sequence
 
 from absl import flags
-from etils import epath
 
 from acejax.cli.config import parse_config
 from acejax.cli.processes import define_processes, joined
-from acejax.errors import UserError
+from acejax.data import written
 
 
 def main(argv: Sequence[str]) -> int:
@@ -23,9 +22,7 @@ def main(argv: Sequence[str]) -> int:
         return 0
     values, config = parsed
     report = values["json"].value
-    if report and not epath.Path(report).parent.exists():
-        raise UserError(f"{report}: the folder {epath.Path(report).parent} is not there")
-    from acejax.data import written
+    written.check_place(report)
     from acejax.data.config import DataConfig
     from acejax.data.inputs import build_features
     from acejax.parallel.processes import is_first

@@ -28,9 +28,8 @@ def main(argv: list[str]) -> int:
       UserError: the manifest has faults (the report is printed, and written), or cannot be read.
     """
     args = _parser().parse_args(argv)
-    for path in filter(None, (args.json, args.sheet)):
-        if not epath.Path(path).parent.exists():
-            raise UserError(f"{path}: the folder {epath.Path(path).parent} is not there")
+    written.check_place(args.json)
+    written.check_place(args.sheet, "--sheet")
     if args.sheet and epath.Path(args.sheet).suffix.lower() != ".png":
         raise UserError(f"--sheet={args.sheet}: expected the name of a .png file")
     if any(batch is not None and batch < 1 for batch in (args.batch_size, args.batch_tokens)):

@@ -71,10 +71,7 @@ def _check_flags(flag: Mapping[str, Any]) -> None:
         raise UserError("edit: --out is missing")
     if flag["manifest"] and (given := [name for name in PICTURES if flag[name]]):
         raise UserError(f"edit: --{given[0]} with --manifest, whose lines name their pictures")
-    if flag["json"] and not epath.Path(flag["json"]).parent.exists():
-        raise UserError(f"--json={flag['json']}: its folder is not there")
-    if flag["json"] and epath.Path(flag["json"]).is_dir():
-        raise UserError(f"--json={flag['json']} is a folder; expected a file to write")
+    written.check_place(flag["json"])
 
 
 def _entries(flag: Mapping[str, Any]) -> list[Any]:

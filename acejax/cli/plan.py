@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from absl import flags
-from etils import epath
 
 from acejax.cli.config import parse_config
+from acejax.data import written
 from acejax.data.config import read_stages
 from acejax.data.layout import CanvasConfig
 from acejax.data.stream import batch_sizes
@@ -34,6 +34,7 @@ def main(argv: Sequence[str]) -> int:
     values, config = parsed
     if values["topology"].value is None:
         raise UserError("plan: --topology=NAME is missing: h100x8, v5e-256, v5p-128, cpu:64 ...")
+    written.check_place(path := values["json"].value)
     chip, devices = topology(values["topology"].value)
     run = TrainConfig.of(config)
     text = values["text"].value or config.get("encoders", {}).get("text_length", 512)
@@ -46,10 +47,8 @@ def main(argv: Sequence[str]) -> int:
         made = _compile(argv, run, modelled)
         report |= {"compiled": dataclasses.asdict(made), "modelled": dataclasses.asdict(modelled)}
         good = _compare(modelled, made) and good
-    if path := values["json"].value:
-        beside = epath.Path(f"{path}.part")
-        beside.write_text(json.dumps(report, indent=1) + "\n")
-        beside.replace(path)
+    if path:
+        written.write(path, (json.dumps(report, indent=1) + "\n").encode())
     return 0 if good else 1
 
 

@@ -32,6 +32,17 @@ def beside(path: epath.PathLike) -> Iterator[epath.Path]:
         raise
 
 
+def check_place(path: epath.PathLike | None, flag: str = "--json") -> None:
+    """Raises UserError where no file can be: told before the work whose result it is for. None is no file.
+
+    A bucket's folders come with their files.
+    """
+    if path and "://" not in str(path) and not epath.Path(path).parent.exists():
+        raise UserError(f"{flag}={path}: its folder is not there")
+    if path and epath.Path(path).is_dir():
+        raise UserError(f"{flag}={path} is a folder; expected a file to write")
+
+
 def write(path: epath.PathLike, data: bytes) -> None:
     """Write a file; raises as `beside`."""
     with beside(path) as place:

@@ -34,6 +34,7 @@ def test_the_demo_is_planned_by_its_batch_sizes(capsys):
 @pytest.mark.parametrize(("flags", "message"), [
     ([], "--topology=NAME is missing"),
     (["--topology=tpu-8"], "topology 'tpu-8' is unknown"),
+    (["--topology=cpu:8", "--json=nosuch/plan.json"], "--json=nosuch/plan.json: its folder is not there"),
     (["--topology=v5e-256"], "data.batch_tokens is 65536; expected at least 2097152"),
     (["--topology=cpu:8", "--samples=8"], "--samples needs --tokens"),
     (["--topology=cpu:8", "--tokens=4096", "--samples=12"], "batch size 12 is not a multiple"),

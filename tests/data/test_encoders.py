@@ -313,7 +313,7 @@ def test_mistakes_end_in_one_line(run, capsys):
     for flags, message in ((["--config.encoders.t5=nosuch"], "nosuch: no such file"),
                            (["--config.data.sources.list.path=nosuch"], "nosuch: no such file or folder"),
                            (["--config.cache.dtype=float8"], "config.cache.dtype is 'float8'"),
-                           (["--json=nosuch/r.json"], "nosuch/r.json: the folder nosuch is not there"),
+                           (["--json=nosuch/r.json"], "--json=nosuch/r.json: its folder is not there"),
                            (["--config.nosuch=1"], "no such config field: nosuch")):
         assert command(*flags) == 2
         error = capsys.readouterr().err

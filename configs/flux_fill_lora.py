@@ -1,8 +1,9 @@
 """A LoRA on FLUX.1-Fill-dev, 384 channels, as ACE++'s released ones: its canvas, all 304 modules, rank 64.
 
-One card of 48 GB does (`acejax plan`), one of 24 GB with `--config.lora.base=int8`. `lora.targets` are regular
-expressions over our names or BFL's, `lora.init_from` a LoRA to go on from. Choices as `ace_plus.py`; `reference` has
-the hyper-parameters of the released code (ACE_plus `train_config/ace_plus_lora.yaml`). docs/lora.md goes through a run.
+One card of 48 GB does (`acejax plan`), and one of 24 GB with the base in eight bits, a lower rank and smaller pictures;
+docs/lora.md has both, and goes through a run. `lora.targets` are regular expressions over our names or BFL's,
+`lora.init_from` a LoRA to go on from. Choices as `ace_plus.py`; `reference` has the hyper-parameters of the released
+code (ACE_plus `train_config/ace_plus_lora.yaml`).
 """
 
 import pathlib

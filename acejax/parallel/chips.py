@@ -6,7 +6,8 @@ direction, and is the least certain number here:
 * TPU: half of the interconnect bandwidth a chip on Google's "TPU system architecture" pages, which add both directions
   (v4 2,400, v5e 1,600, v5p 4,800, v6e 3,584 Gbit/s).
 * GPU: what collectives get of NVLink, 370 of H100's 450 GB/s, and the same share of the others' (300, 900); between
-  hosts it is whatever the network has, which is less.
+  hosts it is whatever the network has, which is less. Cards without NVLink (L40S, RTX 4090): that share of PCIe 4.0's
+  32 GB/s.
 """
 
 import dataclasses
@@ -48,6 +49,8 @@ CHIPS = {chip.name: chip for chip in (
     Chip("a100-80", r"NVIDIA A100-SXM4-80GB", 80e9, 312e12, 245e9),
     Chip("a100-40", r"NVIDIA A100-SXM4-40GB", 40e9, 312e12, 245e9),
     Chip("b200", r"NVIDIA B200", 180e9, 2250e12, 740e9),
+    Chip("l40s", r"NVIDIA L40S", 48e9, 362e12, 26e9),
+    Chip("rtx4090", r"NVIDIA GeForce RTX 4090", 24e9, 165e12, 26e9),
     Chip("v4", r"TPU v4", 32e9, 275e12, 150e9, "tpu", cores=2),
     Chip("v5e", r"TPU v5 ?(lite|e)", 16e9, 197e12, 100e9, "tpu"),
     Chip("v5p", r"TPU v5p?", 95e9, 459e12, 300e9, "tpu", cores=2),

@@ -162,7 +162,7 @@ def _define(values: flags.FlagValues) -> None:
     text("manifest", "Edits as JSON lines; those whose result is there already are left out.")
     switch("overwrite", "With --manifest: make those again, too.")
     switch("warm_up", "Make what is asked for once and write nothing: programs are compiled when they are needed.")
-    text("json", "Write what was done there: task, prompt, size, window, drift, tokens, seconds.")
+    text("json", "Write what was done there: task, prompt, size, window, drift, tokens, notes, seconds.")
     text("from", "A PNG of acejax edit: verify its pictures, weights and LoRAs, make it again and compare (exit code "
-         "1: other pixels). --image, --mask, --reference, --control, --weights, --base and --lora say where a file is "
-         "now.")
+         "1: other pixels). --image, --mask, --reference, --control, --weights, --base, --contour, --depth and --lora "
+         "say where a file is now.")

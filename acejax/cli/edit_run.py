@@ -71,10 +71,10 @@ def run(entries: Sequence[Entry], checked: Sequence[Checked], opened: Opened, op
 
 
 def warm_up(entries: Sequence[Entry], checked: Sequence[Checked], opened: Opened, options: Options, batch: int) -> int:
-    """Make edits of each kind and number and write nothing: their programs are in the compile cache then, and counted.
+    """Make edits of each shape and number and write nothing: their programs are in the compile cache then, and counted.
     """
-    kinds = [one.kind for one in checked]
-    distinct = {(kinds[members[0]], len(members)): members for members in groups(kinds, batch)}
+    order = groups([one.kind for one in checked], batch)
+    distinct = {(checked[members[0]].shape, len(members)): members for members in order}
     with Progress(len(distinct), "warm-up", "kinds of edits") as progress:
         for members in distinct.values():
             opened.editor.edit([entries[index].open()[0] for index in members], options, tell(progress))

@@ -28,10 +28,12 @@ class Checked:
 
     Attributes:
       kind: requests of one kind can be made at once.
+      shape: requests of one shape, as many at once, take the same programs.
       prompt: what the model will be told.
     """
 
     kind: Hashable
+    shape: Hashable
     prompt: str
 
 
@@ -137,7 +139,7 @@ class Editor:
 
         prepared = prepare(self.profile, request, options, stands_in)
         self._check_prompt(prepared.prompt)
-        return Checked(_kind(prepared, options), prepared.prompt)
+        return Checked(_kind(prepared, options), _shape(prepared), prepared.prompt)
 
     def generate(self, canvases: Sequence[Canvas], text: tuple[np.ndarray, np.ndarray], seeds: Sequence[int],
                  steps: int, guidance: float | None, *, cache: float | None = None,
@@ -169,6 +171,9 @@ def groups(shapes: Sequence[Hashable], batch: int) -> list[list[int]]:
 
 
 def _kind(prepared: Prepared, options: Options) -> Hashable:
-    """Of the canvas; with a step cache also the prompt, which decides what steps are left out."""
-    shape = prepared.canvas.mask.shape, prepared.canvas.widths
-    return shape if options.step_cache is None else (*shape, prepared.prompt)
+    """The shape; with a step cache also the prompt, which decides what steps are left out."""
+    return _shape(prepared) if options.step_cache is None else (*_shape(prepared), prepared.prompt)
+
+
+def _shape(prepared: Prepared) -> Hashable:
+    return prepared.canvas.mask.shape, prepared.canvas.widths

@@ -76,10 +76,10 @@ class Record:
 
     def __post_init__(self):
         if not 0 <= self.batch[0] < self.batch[1] <= MOST_BATCH:
-            raise UserError(f"batch is {self.batch}")
-        fields = [file.field for file in self.files]
-        if twice := [name for name in ("image", "mask", "control") if fields.count(name) > 1]:
-            raise UserError(f"{twice[0]} is there twice")
+            raise UserError(f"batch is {self.batch}; expected a place and a number of at most {MOST_BATCH}")
+        given = [file.field for file in self.files]
+        if twice := [name for name in ("image", "mask", "control") if given.count(name) > 1]:
+            raise UserError(f"found {twice[0]} twice; expected it once")
 
     def text(self) -> str:
         """As JSON."""

@@ -135,8 +135,8 @@ def _read(config: LoraConfig, model: MMDiTConfig) -> Params:
     found = lora_formats.read_lora(config.init_from, model)
     ranks = sorted({len(down) for down, _, _ in found.pairs.values()})
     if ranks != [config.rank]:
-        found = ", ".join(map(str, ranks))
-        raise UserError(f"{config.init_from}: found rank {found}; config.lora.rank is {config.rank}")
+        raise UserError(f"{config.init_from}: found rank {', '.join(map(str, ranks))}; config.lora.rank is "
+                        f"{config.rank}")
     leaves = lora_pairs.from_foreign(model, found.layout, found.pairs)
     modules = {path.rpartition("/")[0] for path in leaves}
     if others := sorted(modules - set(targets(config, model))):

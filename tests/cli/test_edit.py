@@ -248,3 +248,12 @@ def test_warming_up_writes_nothing(place, capsys):
     before = sorted(place.rglob("*"))
     assert main([*EDIT, *INPUTS, "--seed=3,4", "--warm_up"]) == 0
     assert "compiled for 1 kind of edits" in capsys.readouterr().out and sorted(place.rglob("*")) == before
+
+
+def test_warming_up_makes_one_edit_of_a_shape_whatever_the_prompts(place, capsys):
+    """With a step cache, which keeps prompts apart, too."""
+    rows = [{"image": "in/a.png", "mask": "in/m.png", "prompt": prompt} for prompt in ("a red heart", "a blue star")]
+    (place / "warm.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    line = ["edit", "--demo", "--steps=1", "--manifest=warm.jsonl", "--out=warm", "--step_cache=0.3", "--warm_up"]
+    assert main(line) == 0
+    assert "compiled for 1 kind of edits" in capsys.readouterr().out

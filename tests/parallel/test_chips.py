@@ -29,7 +29,8 @@ def test_what_is_no_slice_is_named(name):
 @pytest.mark.parametrize(("kind", "chip"), [
     ("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA H200", "h200"), ("NVIDIA A100-SXM4-80GB", "a100-80"),
     ("NVIDIA L40S", "l40s"), ("NVIDIA GeForce RTX 4090", "rtx4090"), ("NVIDIA L40", None),
-    ("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("TPU v4", "v4"), ("TPU v5 lite", "v5e"), ("TPU v5e", "v5e"), ("TPU v5", "v5p"), ("TPU v5p", "v5p"),
+    ("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("TPU v4", "v4"), ("TPU v5 lite", "v5e"), ("TPU v5e", "v5e"),
+    ("TPU v5", "v5p"), ("TPU v5p", "v5p"),
     ("TPU v6 lite", "v6e"), ("cpu", None), ("NVIDIA H100 PCIe", None)])
 def test_a_device_is_known_by_its_kind(kind, chip):
     assert chip_of(types.SimpleNamespace(device_kind=kind)) == CHIPS.get(chip)

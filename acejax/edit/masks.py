@@ -11,12 +11,6 @@ def binary(mask: np.ndarray) -> np.ndarray:
 def grown(mask: np.ndarray, pixels: int) -> np.ndarray:
     """A mask [h, w] uint8, grey or not, that reaches so many pixels further to all sides and into all corners."""
     for axis in (0, 1):
-        mask, reach = np.moveaxis(mask, axis, 0), 0
-        while reach < pixels:
-            step = min(reach + 1, pixels - reach)  # further, the copies would not touch at an edge of the picture
-            larger = mask.copy()
-            np.maximum(larger[step:], mask[:-step], out=larger[step:])
-            np.maximum(larger[:-step], mask[step:], out=larger[:-step])
-            mask, reach = larger, reach + step
-        mask = np.moveaxis(mask, 0, axis)
+        wide = np.pad(mask, [(pixels, pixels) if side == axis else (0, 0) for side in (0, 1)])
+        mask = np.lib.stride_tricks.sliding_window_view(wide, 2 * pixels + 1, axis).max(-1)
     return mask

@@ -21,5 +21,5 @@ def get_config() -> ConfigDict:
                                     "decoder": 3, "steps": 4000, "noise": 0.05})
     config.optimizer.update({"learning_rate": 2e-3, "ema": 0.999})
     config.checkpoint.every = 4000
-    config.evaluate.update({"steps": 16, "seed": 2_000_000, "thresholds": "small_weights"})
+    config.evaluate.update({"seed": 2_000_000, "thresholds": "small_weights"})
     return config

@@ -20,7 +20,7 @@ def main(argv: Sequence[str]) -> int:
     split_cpu(values["cpu_devices"].value)
     with lock(values["workdir"].value):
         report = run(config, values["workdir"].value, values["setup_seconds"].value,
-                     " ".join(["acejax demo", *(word for word in argv[1:] if "workdir" not in word)]))
+                     " ".join(["acejax demo", *(word for word in argv if word.startswith("--config"))]))
     print(f"\n{table(report)}\n\nseconds: {report['seconds']}")
     print(f"pictures: {values['workdir'].value}/edits.png   report: {values['workdir'].value}/report.json")
     for line in report["missed"]:

@@ -61,8 +61,7 @@ def score(pictures: Sequence[np.ndarray], records: Sequence[Record]) -> dict[str
     judged = [(picture, record, thing) for picture, record in zip(pictures, records, strict=True)
               for thing in things(record)]
     if records[0]["task"] == "remove":
-        found = {"gone": [is_gone(picture, record["image"], record["target"], thing)
-                          for picture, record, thing in judged]}
+        found = {"gone": [is_gone(picture, record["target"], thing) for picture, record, thing in judged]}
     else:
         found = {"color_accuracy": [color_of(picture, thing) == thing.color for picture, _, thing in judged],
                  "shape_accuracy": [shape_of(picture, thing) == thing.shape for picture, _, thing in judged]}

@@ -132,11 +132,14 @@ def run(config: ml_collections.ConfigDict, workdir: epath.PathLike, setup_second
 
     state, spent = loop.train(config, workdir, stream, held_out=held_out)
     seconds |= spent
+    if (workdir / "report.json").exists():  # trained before; it is edited again
+        seconds = json.loads((workdir / "report.json").read_text())["seconds"]
     print("editing the test photo ...", flush=True)
     started = time.time()
     note = {"command": command, "seed": config.seed, "steps": config.steps, "euler_steps": config.evaluate.steps,
             "tasks": [task for task in TASKS if task in config.data.tasks], "scales": config.data.scales,
-            "seconds": round(sum(seconds.values()) - setup_seconds, 1), "train_seconds": round(seconds["train"], 1)}
+            "seconds": round(seconds["data"] + seconds["compile"] + seconds["train"], 1),
+            "train_seconds": round(seconds["train"], 1)}
     params = state.params if state.ema is None else state.ema
     weights.save(workdir / "weights", MMDiTConfig(**config.model), params, autoencoder, config.data.size, note)
     editor = weights.load_editor(workdir / "weights")  # what is judged is what is saved

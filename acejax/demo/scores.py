@@ -30,11 +30,11 @@ def shape_of(picture: np.ndarray, thing: Thing) -> str:
     return SHAPES[int(np.argmax([near @ (cover - cover.mean()) / cover.std() for cover in covers]))]
 
 
-def is_gone(picture: np.ndarray, before: np.ndarray, truth: np.ndarray, thing: Thing) -> bool:
-    """Whether, where the symbol was, the picture is nearer to what lay under it (truth) than to the symbol (before)."""
+def is_gone(picture: np.ndarray, truth: np.ndarray, thing: Thing) -> bool:
+    """Whether, where the symbol was, the picture is nearer to what lay under it (truth) than to any of the colours."""
     inside = silhouette(thing.shape, thing.box[2]) > 0.9
-    found, shown, under = (_window(one, thing)[inside].astype(np.float64) for one in (picture, before, truth))
-    return bool(np.mean((found - under) ** 2) < np.mean((found - shown) ** 2))
+    found, under = (_window(one, thing)[inside].astype(np.float64) for one in (picture, truth))
+    return bool(np.mean((found - under) ** 2) < min(np.mean((found - color) ** 2) for color in COLORS.values()))
 
 
 def psnr_box(picture: np.ndarray, truth: np.ndarray, things: tuple[Thing, ...]) -> float:

@@ -38,7 +38,8 @@ from acejax.workdir import claim
 
 FREE = ("execution", "mesh", "reading", "watch", "checkpoint",  # how, not what
         *(f"validation.{name}" for name in ("every", "grid_every", "grid", "steps", "guidance", "sigmas")),
-        "cache.dir", "cache.batch",  # what encoders give is told by the features' digest, whatever their names
+        "evaluate.steps", "evaluate.thresholds", "cache.dir", "cache.batch",
+        # what encoders give is told by the features' digest, whatever their names:
         "encoders.autoencoder", "encoders.t5", "encoders.clip", "encoders.tokenizers")
 
 

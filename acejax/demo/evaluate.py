@@ -22,12 +22,12 @@ THRESHOLDS = {
         "recolor": {"color_accuracy": 0.90, "held": 0.80, "gain": 6.0},
         "instruct": {"color_accuracy": 0.70, "held": 0.50},
         "reference": {"color_accuracy": 0.85, "held": 0.50}, "two_references": {"color_accuracy": 0.60},
-        "remove": {"gone": 0.70}, "autoencoder": {}},
+        "remove": {"gone": 0.50}, "autoencoder": {}},
     "small_weights": {
         "text": {"color_accuracy": 0.90}, "insert": {"color_accuracy": 0.97, "shape_accuracy": 0.90, "held": 0.90},
         "recolor": {"color_accuracy": 0.97, "held": 0.90, "psnr_box": 22.0},
         "instruct": {"color_accuracy": 0.88, "held": 0.80}, "reference": {"color_accuracy": 0.97, "held": 0.80},
-        "two_references": {"color_accuracy": 0.85}, "remove": {"gone": 0.90, "held": 0.85, "gain": 6.0},
+        "two_references": {"color_accuracy": 0.85}, "remove": {"gone": 0.70, "held": 0.65, "gain": 6.0},
         "autoencoder": {"psnr": 28.0}}}
 ABOVE_SHUFFLED = {"demo": 0.30, "small_weights": 0.60}
 BATCH = 48  # pictures through the autoencoder at once

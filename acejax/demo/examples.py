@@ -9,32 +9,30 @@ from acejax.edit.web import Example
 PLACES = [name for name in PHOTOS if name != TEST_PHOTO]
 ABOUT = (f"These are acejax's own **small weights**. They draw {len(SHAPES)} symbols ({', '.join(SHAPES)}) in "
          f"{len(COLORS)} colours ({', '.join(COLORS)}), and know no other things: "
-         f"“a red heart”, “make it blue”, “this star” of a reference, “a yellow star on grass” "
+         f"“a red heart”, “make it blue”, “remove it”, “this star” of a reference, “a yellow star on grass” "
          f"(or on {', '.join(name for name in PLACES if name != 'grass')}).")
 
 
 def examples() -> list[Example]:
     """One edit for each task."""
-    cup = photo(TEST_PHOTO)[2]
-    box = (72, 112, 80)
-    height, width = cup.shape[:2]
-    mask = np.zeros((height, width), np.uint8)
-    mask[box[0]:box[0] + box[2], box[1]:box[1] + box[2]] = 255
-    pair = np.zeros_like(mask)
-    pair[72:136, 72:136] = pair[72:136, 168:232] = 255
+    size, scales = 96, (2.5, 4.0)  # about what the weights were trained on: symbols of half a window
+    fine, coarse = photo(TEST_PHOTO, size, scales)[1], photo(TEST_PHOTO, size, scales)[0]
+    mask, pair = np.zeros(fine.shape[:2], np.uint8), np.zeros(fine.shape[:2], np.uint8)
+    mask[136:232, 208:304] = pair[136:216, 168:248] = pair[136:216, 264:344] = 255
+    marked = paint(fine, Thing("heart", "yellow", (136, 208, 96)))
 
-    def reference(place: str, shape: str, color: str) -> np.ndarray:
-        return resize.antialiased(paint(photo(place)[0][:64, :64], Thing(shape, color, (12, 12, 40))), (256, 256))
+    def close(picture: np.ndarray, thing: Thing) -> np.ndarray:
+        return resize.antialiased(paint(picture[:size, :size], thing), (3 * size, 3 * size))
 
-    star, heart = reference("bricks", "star", "yellow"), reference("grass", "heart", "purple")
-    marked = paint(cup, Thing("heart", "yellow", box))
-    whole = resize.antialiased(paint(photo(TEST_PHOTO)[0][16:80, 32:96], Thing("heart", "blue", (16, 16, 32))),
-                               (256, 256))
+    star, heart = (close(photo(place, size, scales)[0], Thing(shape, color, (16, 24, 56)))
+                   for place, shape, color in (("bricks", "star", "yellow"), ("grass", "heart", "purple")))
+    whole = close(coarse[24:, 48:], Thing("heart", "blue", (24, 24, 48)))
     return [
-        Example("insert", "a red heart", cup, mask),
+        Example("insert", "a red heart", fine, mask),
         Example("recolor", "make it blue", marked, mask),
+        Example("remove", "remove it", marked, mask),
         Example("instruct", "make the heart green", whole),
-        Example("reference", "this star", cup, mask, (star,)),
-        Example("two_references", "this star and this heart", cup, pair, (star, heart)),
+        Example("reference", "this star", fine, mask, (star,)),
+        Example("two_references", "this star and this heart", fine, pair, (star, heart)),
         Example("text", "a yellow star on grass"),
     ]

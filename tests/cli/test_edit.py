@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import pathlib
 import shutil
 
 import numpy as np
@@ -32,8 +33,8 @@ def one_editor():
     """All commands of this file share what was compiled."""
     load, shared = weights.load_editor, weights.load_editor()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(weights, "load_editor", lambda folder, loras=(): load(folder, loras=loras) if loras or not (
-            folder / "weights.json").exists() else shared)
+        patch.setattr(weights, "load_editor", lambda folder, loras=(): shared if folder == weights.SHIPPED and not loras
+                      else load(folder, loras=loras))
         yield
 
 
@@ -57,8 +58,9 @@ def test_seeds_report_and_repetition(place, capsys, monkeypatch):
     assert main([*EDIT, *INPUTS, "--out=o.png", "--seed=3,4", "--json=r.json"]) == 0
     report = json.loads((place / "r.json").read_text())
     assert [row["out"] for row in report["edits"]] == ["o-3.png", "o-4.png"]
-    about = report["edits"][1]
-    assert about["seed"] == 4 and about["batch"] == [1, 2] and about["size"] == [120, 90] and about["tokens"] == 16
+    about, side = report["edits"][1], weights.read_note()["size"] // 16
+    assert about["seed"] == 4 and about["batch"] == [1, 2] and about["size"] == [120, 90]
+    assert about["tokens"] == side * side
     assert about["task"] == "insert" and about["drift"] > 0 and about["seconds"] > 0 and about["window"]["width"] == 60
     first, second = read_picture("o-3.png"), read_picture("o-4.png")
     assert (first != second).any()
@@ -234,12 +236,18 @@ def test_the_tasks_are_listed(capsys):
     assert "try_on              needed    needed    1 or more" in printed and "local_editing" in printed
     assert main(["edit", "--list_tasks", "--demo"]) == 0
     printed = capsys.readouterr().out
-    assert "two_references      needed    needed    2 " in printed and "remove" not in printed
+    assert "two_references      needed    needed    2 " in printed and "remove              needed    optional" in printed
 
 
 def test_what_weights_were_not_trained_on_is_refused(place, capsys):
-    """The shipped ones know the word, and not what to do."""
-    assert main(["edit", "--demo", "--image=in/a.png", "--mask=in/m.png", "--prompt=remove it", "--out=o.png"]) == 2
+    """They know the word, and not what to do."""
+    shutil.copytree(weights.SHIPPED, "less")
+    note = weights.read_note()
+    pathlib.Path("less/weights.json").write_text(json.dumps(note | {"tasks": [*set(note["tasks"]) - {"remove"}]}))
+    assert main(["edit", "--list_tasks", "--demo", "--weights=less"]) == 0
+    assert "remove" not in capsys.readouterr().out
+    line = ["edit", "--demo", "--weights=less", *INPUTS, "--prompt=remove it", "--out=o.png"]
+    assert main(line) == 2
     assert "have not learnt to remove; they know the tasks recolor, insert" in capsys.readouterr().err
     assert not (place / "o.png").exists()
 

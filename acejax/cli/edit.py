@@ -71,6 +71,8 @@ def _check_flags(flag: Mapping[str, Any]) -> None:
         raise UserError("edit: --out is missing")
     if flag["manifest"] and (given := [name for name in PICTURES if flag[name]]):
         raise UserError(f"edit: --{given[0]} with --manifest, whose lines name their pictures")
+    if flag["warm_up"] and flag["json"]:
+        raise UserError("edit: --json with --warm_up, which makes no edit to tell of")
     written.check_place(flag["json"])
 
 

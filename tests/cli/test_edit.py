@@ -202,6 +202,7 @@ MISTAKES = [
     ([*INPUTS, "--out=o.png", "--scale=2"], "scale is 2.0; expected 0 to 1"),
     ([*INPUTS, "--out=o.png", "--crop=all"], "crop is 'all'; expected auto, mask, none"),
     ([*INPUTS, "--out=o.png", "--size=10"], "size is '10'; expected WIDTHxHEIGHT"),
+    ([*INPUTS, "--warm_up", "--json=j"], "--json with --warm_up, which makes no edit"),
     ([*INPUTS, "--out=o.png", "--tile=64"], "--tile is for FLUX's weights"),
     ([*INPUTS, "--out=o.png", "--seed=1,x"], "--seed=1,x: expected whole numbers"),
     ([*INPUTS, "--out=o.png", "--seed="], "--seed=: expected whole numbers"),

@@ -44,7 +44,7 @@ def test_pooled_is_the_row_of_the_first_end(params):
     """What follows the first end token reaches neither that row nor the pooled feature: attention is causal."""
     hidden, pooled = apply(CONFIG, params, IDS)
     for row, at in enumerate((1, 5, 10, 11)):
-        np.testing.assert_array_equal(pooled[row], hidden[row, at])
+        np.testing.assert_allclose(pooled[row], hidden[row, at], rtol=1e-6)  # one may be rounded in another fusion
     changed = IDS.copy()
     changed[1, 6:] = 0
     hidden_changed, pooled_changed = apply(CONFIG, params, changed)

@@ -50,7 +50,7 @@ def test_it_is_what_each_step_makes(with_adapters):
     made = all_steps(trees[0])
     for step, sigma in enumerate(SIGMAS):
         plain = loras.velocity(CONFIG, params, dataclasses.replace(tokens, sigma=sigma), lora, quant)
-        assert judges.difference(with_it(trees[1], jax.tree.map(lambda x, s=step: x[s], made)), plain) < 1e-6
+        assert judges.difference(with_it(trees[1], jax.tree.map(lambda x, s=step: x[s], made)), plain) < 1e-5
 
 
 def test_the_parts_are_apart_and_whole():

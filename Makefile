@@ -1,6 +1,6 @@
 # make demo   train the tiny ACE++ on real photos and let it edit them (STEPS=, SEED= change the run)
 # make test   lint and the tests in small counts, without those of many devices or processes and kills (.ci/run has them)
-# make soak   three demos, the stages, rounding, plans, and all tests in full counts
+# make soak   three demos, the stages, a LoRA, rounding, plans, and all tests in full counts
 # Each makes .venv and installs what it needs; the install is skipped while pyproject.toml is unchanged.
 
 PYTHON ?= python3

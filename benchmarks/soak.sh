@@ -13,6 +13,7 @@ for seed in 0 1 2; do
 done
 
 .venv/bin/acejax bench stages --json "$results/stages.json" || failed=1
+.venv/bin/acejax bench lora --json "$results/lora.json" || failed=1
 .venv/bin/acejax bench rounding --json "$results/rounding.json" || failed=1
 .venv/bin/acejax bench plan --json "$results/plan.json" || failed=1
 

@@ -117,9 +117,10 @@ def build(site: Site, folder: str) -> Any:
 
     @told
     def edit(chosen, prompt, picture, canvas, mask, references, seed, steps, guidance, scale, width, height,
-             progress=gr.Progress()):  # noqa: B008 - Gradio's way to ask for one
+             grow, progress=gr.Progress()):  # noqa: B008 - Gradio's way to ask for one
         form = Form(prompt or "", None if chosen == AUTO else chosen, picture, web_mask.read(canvas),
-                    mask, tuple(path for path, _ in references or ()), seed, steps, guidance, scale, width, height)
+                    mask, tuple(path for path, _ in references or ()), seed, steps, guidance, scale, width, height,
+                    grow)
         made, mask_file, text = _edit(site, form, folder, lambda what, share: progress(share, desc=what))
         return (made, gr.update(value=made, visible=True), gr.update(value=mask_file, visible=mask_file is not None),
                 text)
@@ -167,6 +168,7 @@ def build(site: Site, folder: str) -> Any:
                         guidance = gr.Number(None, label="Guidance", visible=profile.guidance is not None,
                                              placeholder=f"{profile.guidance}")
                         scale = gr.Number(None, label="Repainting scale, 0 to 1", placeholder="the task's")
+                        grow = gr.Number(None, label="Grow the mask by, in pixels", precision=0, placeholder="0")
                     with gr.Row():
                         width = gr.Number(None, label="Width", precision=0, placeholder="the picture's")
                         height = gr.Number(None, label="Height", precision=0, placeholder="the picture's")
@@ -175,7 +177,8 @@ def build(site: Site, folder: str) -> Any:
         gr.on([picture.upload, picture.clear], show, picture, canvas, api_visibility="private")
         other.click(lambda: random.randint(0, MOST_SEED), None, seed, queue=False, api_visibility="private")
         gr.on([run.click, prompt.submit], edit,
-              [chosen, prompt, picture, canvas, mask, references, seed, steps, guidance, scale, width, height],
+              [chosen, prompt, picture, canvas, mask, references, seed, steps, guidance, scale, width, height,
+               grow],
               [result, save, save_mask, facts], concurrency_limit=1, show_progress_on=result, trigger_mode="once",
               api_name="edit")
         for button, example in zip(buttons, site.examples, strict=True):

@@ -50,6 +50,7 @@ class Form:
     scale: float | None = None
     width: int | None = None
     height: int | None = None
+    grow: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -92,7 +93,7 @@ def read(profile: Profile, form: Form, limits: Limits) -> Asked:
     references = tuple(opened("references", path) for path in given)
     request = Request(form.prompt, form.task, image, mask, references, size=_size(form, limits), scale=form.scale,
                       seed=int(form.seed or 0))
-    return Asked(request, Options(form.steps, form.guidance), tuple(files), painted)
+    return Asked(request, Options(form.steps, form.guidance, grow=int(form.grow or 0)), tuple(files), painted)
 
 
 def preview(path: str, side: int, limits: Limits) -> np.ndarray:

@@ -54,8 +54,9 @@ def test_what_the_task_takes_none_of_is_left_out(photo):
 
 
 @pytest.mark.parametrize("more, message", [
-    ({"references": ("photo",) * 3}, "at most 2"), ({"seed": -1}, "seed is -1"), ({"width": 64}, "both a width"),
-    ({"width": 5000, "height": 5000}, "at most 1 megapixels"), ({"picture": "gone.png"}, "upload it again"),
+    ({"references": ("photo",) * 3}, "at most 2"), ({"seed": -1}, "seed is -1"), ({"grow": -1}, "grow is -1"),
+    ({"width": 64}, "both a width"), ({"width": 5000, "height": 5000}, "at most 1 megapixels"),
+    ({"picture": "gone.png"}, "upload it again"),
     ({"picture": "text.png"}, "expected a JPEG, PNG"), ({"picture": "large.png"}, "at most 1 megapixels"),
     ({"mask": "other.png"}, "mask other.png is 20 x 20")])
 def test_mistakes_are_told_without_the_servers_folders(photo, more, message, tmp_path):
@@ -103,12 +104,12 @@ def test_the_page_edits_records_and_refuses(photo, tmp_path):
 
         def edit(prompt, canvas):
             return client.predict("insert", prompt, handle_file(photo), canvas, None, [], 7, None, None, None, None,
-                                  None, api_name="/edit")
+                                  None, 3, api_name="/edit")
 
         made, _, mask, text = edit("a red heart", web_mask.painted(np.zeros((50, 100, 3), np.uint8), SQUARE))
         np.testing.assert_array_equal(np.asarray(Image.open(made)), 255 - np.asarray(Image.open(photo)))
         about = record.read(made)
-        assert (about.task, about.seed, about.steps) == ("insert", 7, 8)
+        assert (about.task, about.seed, about.steps, about.grow) == ("insert", 7, 8, 3)
         assert {file.field: file.path for file in about.files} == {"image": "./photo.png",
                                                                    "mask": "./acejax-insert-7-mask.png"}
         assert "seed 7" in text and mask["visible"]

@@ -1,5 +1,6 @@
 """`acejax demo`: the main job on the built-in pictures."""
 
+import shlex
 from collections.abc import Sequence
 
 from absl import flags
@@ -19,14 +20,19 @@ def main(argv: Sequence[str]) -> int:
 
     split_cpu(values["cpu_devices"].value)
     with lock(values["workdir"].value):
-        report = run(config, values["workdir"].value, values["setup_seconds"].value,
-                     " ".join(["acejax demo", *(word for word in argv if word.startswith("--config"))]))
+        report = run(config, values["workdir"].value, values["setup_seconds"].value, command(argv))
     print(f"\n{table(report)}\n\nseconds: {report['seconds']}")
     print(f"pictures: {values['workdir'].value}/edits.png   report: {values['workdir'].value}/report.json")
     for line in report["missed"]:
         print(f"missed: {line}")
     print("passed" if report["passed"] else "not passed")
     return 0 if report["passed"] else 1
+
+
+def command(argv: Sequence[str]) -> str:
+    """What decides the result of a command line: its config, as `--config=FILE` or in two words, and its changes."""
+    return shlex.join(["acejax", "demo", *(word for before, word in zip(["", *argv], argv, strict=False) if (
+        word.startswith("--config") or before.startswith("--config") and "=" not in before and word[:1] != "-"))])
 
 
 def _define(values: flags.FlagValues) -> None:

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save_file
 
+from acejax.cli import demo
 from acejax.cli.main import COMMANDS, main
 from acejax.demo.weights import SHIPPED
 from tests.goldens import cases
@@ -159,3 +160,9 @@ def test_usage(capsys):
     assert main([]) == 2 and main(["--help"]) == 0 and main(["--version"]) == 0
     printed = capsys.readouterr().out
     assert all(command in printed for command in COMMANDS)
+
+
+def test_the_demos_command_is_noted_with_what_decides_its_result():
+    argv = ["--workdir", "runs/x", "--config", "a b.py", "--config.steps=3", "--config.model.guidance_embed",
+            "--setup_seconds=3"]
+    assert demo.command(argv) == "acejax demo --config 'a b.py' --config.steps=3 --config.model.guidance_embed"

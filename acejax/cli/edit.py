@@ -60,7 +60,8 @@ def main(argv: Sequence[str]) -> int:
         edits = run(left, check(left, opened, options), opened, options, flag["batch"])
     if flag["json"]:
         report = _about() | {"seconds": round(time.time() - start, 3), "edits": edits}
-        written.write(flag["json"], (json.dumps(report, indent=2, ensure_ascii=False) + "\n").encode())
+        written.write(flag["json"], (json.dumps(report, indent=2, ensure_ascii=False) + "\n").encode(
+            errors="backslashreplace"))  # names that are no UTF-8
     return 0
 
 

@@ -10,8 +10,9 @@ from etils import epath
 from tqdm import tqdm
 
 from acejax.cli.edit_weights import Opened
+from acejax.data import written
 from acejax.data.progress import Progress
-from acejax.edit import files, record
+from acejax.edit import files, memory, record
 from acejax.edit.editor import Checked, Say, groups
 from acejax.edit.manifest import Entry
 from acejax.edit.record import File, Record
@@ -19,6 +20,8 @@ from acejax.edit.request import Options, Result
 from acejax.errors import UserError
 
 AHEAD = 64  # prompts that are read together where weights take turns: as many as `acejax.edit.models` remembers
+
+REMEDY = "--staged, --offload, --eight_bits=int8, --tile=64 and --batch=1 need less, and so do fewer references"
 
 
 def check(entries: Sequence[Entry], opened: Opened, options: Options) -> list[Checked]:
@@ -50,7 +53,12 @@ def run(entries: Sequence[Entry], checked: Sequence[Checked], opened: Opened, op
 
     Returns:
       What is told of each, in their order.
+
+    Raises:
+      UserError: a place that can't be written to, before any edit is made.
     """
+    for entry in entries:
+        written.check_folder(entry.out)
     rows: dict[int, dict[str, Any]] = {}
     order, read = groups([one.kind for one in checked], batch), set()
     with Progress(len(entries), "edit", "edits") as progress:
@@ -59,10 +67,11 @@ def run(entries: Sequence[Entry], checked: Sequence[Checked], opened: Opened, op
             if opened.flags["staged"] and any(checked[index].prompt not in read for index in members):
                 left = dict.fromkeys(checked[index].prompt for later in order[place:] for index in later)
                 read = [*left][:AHEAD]
-                opened.editor.read(read)
+                with memory.told(REMEDY):
+                    opened.editor.read(read)
             made = edit(chosen, opened, options, tell(progress))
             for index, entry, (result, about) in zip(members, chosen, made, strict=True):
-                epath.Path(entry.out).parent.mkdir(parents=True, exist_ok=True)
+                written.make_parent(entry.out)
                 files.write_picture(entry.out, result.picture, {record.KEY: about.text()})
                 rows[index] = row(entry, result, about, (time.time() - start) / len(members))
                 _wrote(rows[index], f"{len(rows)} of {len(entries)}: " if len(entries) > 1 else "")
@@ -77,7 +86,8 @@ def warm_up(entries: Sequence[Entry], checked: Sequence[Checked], opened: Opened
     distinct = {(checked[members[0]].shape, len(members)): members for members in order}
     with Progress(len(distinct), "warm-up", "kinds of edits") as progress:
         for members in distinct.values():
-            opened.editor.edit([entries[index].open()[0] for index in members], options, tell(progress))
+            with memory.told(REMEDY):
+                opened.editor.edit([entries[index].open()[0] for index in members], options, tell(progress))
             progress.update()
     return len(distinct)
 
@@ -86,7 +96,8 @@ def edit(entries: Sequence[Entry], opened: Opened, options: Options, say: Say | 
          ) -> list[tuple[Result, Record]]:
     """Edits of one kind, made at once, and the record of each."""
     read, weights = [entry.open() for entry in entries], opened.files
-    results = opened.editor.edit([request for request, _ in read], options, say)
+    with memory.told(REMEDY):
+        results = opened.editor.edit([request for request, _ in read], options, say)
     made = []
     for place, (entry, (request, hashes), result) in enumerate(zip(entries, read, results, strict=True)):
         folder = epath.Path(entry.out).parent

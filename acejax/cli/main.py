@@ -39,6 +39,8 @@ def main(argv: list[str] | None = None) -> int:
     if argv[0] == "--version":
         print(__version__)
         return 0
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8, nor a terminal
     try:
         if argv[0] not in COMMANDS:
             raise UserError(f"no command {argv[0]!r}; the commands are {', '.join(COMMANDS)}")

@@ -1,5 +1,6 @@
 """Hashes of large files, kept with their size and time of change, so that no file is read twice for its own."""
 
+import contextlib
 import json
 import pathlib
 
@@ -7,6 +8,7 @@ import xxhash
 from etils import epath
 
 from acejax.data import written
+from acejax.errors import UserError
 
 BLOCK = 2**24  # bytes hashed at once
 
@@ -21,11 +23,8 @@ class Hashes:
     def __init__(self, notes: epath.PathLike | None):
         self._path = None if notes is None else epath.Path(notes)
         self._known: dict[str, list] = {}
-        if self._path is not None and self._path.exists():
-            try:
-                known = json.loads(self._path.read_text())
-            except (OSError, ValueError):
-                known = None
+        with contextlib.suppress(OSError, ValueError):
+            known = None if self._path is None else json.loads(self._path.read_text())
             self._known = known if isinstance(known, dict) else {}
         self._before = dict(self._known)
 
@@ -43,7 +42,8 @@ class Hashes:
         return known[-1]
 
     def keep(self) -> None:
-        """Write the notes."""
+        """Write the notes, where they can be: without them files are read again."""
         if self._path is not None and self._known != self._before:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            written.write(self._path, json.dumps(self._known, indent=1).encode())
+            with contextlib.suppress(OSError, UserError):
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                written.write(self._path, json.dumps(self._known, indent=1).encode())

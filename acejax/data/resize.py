@@ -12,9 +12,9 @@ def antialiased(picture: Picture, size: tuple[int, int], box: Box | None = None)
     return _resize(picture, size, box, Image.Resampling.BICUBIC)
 
 
-def mask(picture: Picture, size: tuple[int, int], box: Box | None = None) -> np.ndarray:
-    """As `antialiased` for a mask, [h, w]; 255 where half of a pixel or more is white, else 0."""
-    white = _resize(picture, size, box, Image.Resampling.BOX) > 127
+def mask(picture: Picture, size: tuple[int, int], box: Box | None = None, least: int = 128) -> np.ndarray:
+    """As `antialiased` for a mask, [h, w]; 255 where at least `least` of 255 of a pixel is white, else 0."""
+    white = _resize(picture, size, box, Image.Resampling.BOX) >= least
     return np.negative(white.view(np.uint8))  # 1 -> 255
 
 

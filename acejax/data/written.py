@@ -43,6 +43,26 @@ def check_place(path: epath.PathLike | None, flag: str = "--json") -> None:
         raise UserError(f"{flag}={path} is a folder; expected a file to write")
 
 
+def check_folder(path: epath.PathLike) -> None:
+    """Raises UserError where a file, and the folders above it that are not there, cannot be made; told before the work.
+    """
+    there = next((folder for folder in epath.Path(path).absolute().parents if folder.exists()), None)
+    if "://" not in str(path) and there and not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        raise UserError(f"{path} cannot be written: {there} is " + ("read-only" if there.is_dir() else "no folder"))
+
+
+def make_parent(path: epath.PathLike) -> None:
+    """The folder of a file to be written.
+
+    Raises:
+      UserError: it cannot be made.
+    """
+    try:
+        epath.Path(path).parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error}") from error
+
+
 def write(path: epath.PathLike, data: bytes) -> None:
     """Write a file; raises as `beside`."""
     with beside(path) as place:

@@ -8,6 +8,7 @@ import numpy as np
 from acejax.data import resize
 from acejax.data.layout import visible
 from acejax.data.released_layout import TOKEN, Size
+from acejax.edit import masks
 
 WIDEST = 2  # longest side of a window around a mask, in shortest sides, unless the mask is longer
 ENLARGED = 4  # a window is not made more than this many times larger
@@ -78,14 +79,22 @@ def working_size(window: Crop, tokens: int) -> Size:
 
 
 def cut(picture: np.ndarray, window: Crop, size: Size) -> np.ndarray:
-    """The window of a picture [h, w, 3] or mask [h, w] at `size` (antialiased; a mask is binarised)."""
-    resized = resize.mask if picture.ndim == 2 else resize.antialiased
+    """The window of a picture [h, w, 3] or mask [h, w] at `size` (antialiased; a mask is binarised, and nothing of it
+    is lost that is too thin for half a pixel).
+    """
+    resized = _kept if picture.ndim == 2 else resize.antialiased
     bottom, right = window.top + window.height, window.left + window.width
     if window.top >= 0 and window.left >= 0 and bottom <= picture.shape[0] and right <= picture.shape[1]:
         return resized(picture, size, (window.top, window.left, window.height, window.width))
     rows = _mirror(np.arange(window.top, bottom), picture.shape[0])
     columns = _mirror(np.arange(window.left, right), picture.shape[1])
     return resized(picture[np.ix_(rows, columns)], size)
+
+
+def _kept(mask: np.ndarray, size: Size, box: resize.Box | None = None) -> np.ndarray:
+    """`resize.mask`, with what it touches only where that is beside no pixel of it: a wire, a scratch."""
+    made = resize.mask(mask, size, box)
+    return made | resize.mask(mask, size, box, least=1) & ~masks.grown(made, 1)
 
 
 def _box(mask: np.ndarray) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -11,6 +11,7 @@ def binary(mask: np.ndarray) -> np.ndarray:
 def grown(mask: np.ndarray, pixels: int) -> np.ndarray:
     """A mask [h, w] uint8, grey or not, that reaches so many pixels further to all sides and into all corners."""
     for axis in (0, 1):
-        wide = np.pad(mask, [(pixels, pixels) if side == axis else (0, 0) for side in (0, 1)])
-        mask = np.lib.stride_tricks.sliding_window_view(wide, 2 * pixels + 1, axis).max(-1)
+        reach = min(pixels, mask.shape[axis])
+        wide = np.pad(mask, [(reach, reach) if side == axis else (0, 0) for side in (0, 1)])
+        mask = np.lib.stride_tricks.sliding_window_view(wide, 2 * reach + 1, axis).max(-1)
     return mask

@@ -21,7 +21,7 @@ from acejax.errors import UserError
 from acejax.lcu import CELL
 
 Annotate = Callable[[str, np.ndarray], np.ndarray]  # a name of the annotators, a picture -> a picture
-LEAST = 1.1  # times larger: what is less is no super-resolution
+LEAST = 1.1  # times larger: what is less is no super-resolution, and not worth a note
 SHORTEST = 4  # pixels a side that is worked on: below them there is nothing to see
 WINDOW_STEP = 64  # sides of windows are worked on at multiples of it: masks of all sizes share few compiled programs
 FEATHER = 1 / 64  # of a window's longer side
@@ -77,12 +77,14 @@ def prepare(profile: Profile, request: Request, options: Options, annotate: Anno
     if image is None:
         shown = [_whole(profile, reference) for reference in request.references]
         canvas = _seamed(editing(profile.canvas, None, None, shown, size, scale))
+        notes += _enlarged(profile, size, (canvas.mask.shape[0], canvas.widths[-1]))
         return Prepared(request, name, prompt, canvas, None, None, None, size, notes)
     if parity:
         seen = _annotated(image, mask, request.control, task.annotator, annotate, profile.canvas.parity)
         canvas = _seamed(editing(profile.canvas, seen, mask, request.references, None, scale))
         return Prepared(request, name, prompt, canvas, image, mask, None, visible(size)[2:], notes)
     window, canvas, working = _window(profile, task, image, mask, request, options)
+    notes += _enlarged(profile, (window.height, window.width), working)
     seen, generate, control = (None if array is None else crop.cut(array, window, working)
                              for array in (image, mask, request.control))
     if generate is not None and profile.side:
@@ -148,6 +150,15 @@ def _notes(profile: Profile, image: np.ndarray | None, references: Sequence[np.n
             done = "edited" if name == "the picture" else "looked at"
             yield (f"{name} is longer than {ASPECT}:1 ({array.shape[1]} x {array.shape[0]}): only its middle, "
                    f"{seen[1]} x {seen[0]} pixels, is {done}")
+
+
+def _enlarged(profile: Profile, size: Size, working: Size) -> tuple[str, ...]:
+    """A note where what is made is much larger than what the model makes at once; with the small weights it always is.
+    """
+    if profile.side or profile.canvas.parity or math.prod(size) <= LEAST**2 * profile.canvas.max_tokens * TOKEN**2:
+        return ()
+    return (f"made at {working[1]} x {working[0]} pixels, as the {profile.name} see no more at once, and enlarged to "
+            f"{size[1]} x {size[0]}",)
 
 
 def _seamed(canvas: Canvas) -> Canvas:
@@ -218,7 +229,8 @@ def _window(profile: Profile, task: tasks.Task, image: np.ndarray, mask: np.ndar
         window = Crop(0, 0, *size) if beyond else seen  # squeezed to 4:1 where it is longer, and stretched again
         wanted = window.height, window.width
     layout = lay_editing(canvas, wanted, [reference.shape[:2] for reference in request.references])
-    return window, canvas, (layout.height, layout.target_width)
+    height, width = layout.height, layout.target_width  # rounded down, sides may be beyond 4:1, where ends are not seen
+    return window, canvas, (min(height, ASPECT * width), min(width, ASPECT * height))
 
 
 def _annotated(image: np.ndarray, mask: np.ndarray | None, control: np.ndarray | None, annotator: str,

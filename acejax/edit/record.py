@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ from acejax.errors import UserError
 KEY = "acejax"  # of the PNG's iTXt chunk, whose text is one JSON object
 FORM = 1
 MOST_BATCH = 64
+CONTROLS = ("Cc", "Zl", "Zp")  # of Unicode: what a terminal might obey; other letters that names have are shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,8 +84,9 @@ class Record:
             raise UserError(f"found {twice[0]} twice; expected it once")
 
     def text(self) -> str:
-        """As JSON."""
-        return json.dumps({"form": FORM} | dataclasses.asdict(self), ensure_ascii=False)
+        """As JSON; bytes of a file's name that are no UTF-8 are escaped."""
+        text = json.dumps({"form": FORM} | dataclasses.asdict(self), ensure_ascii=False)
+        return text.encode(errors="backslashreplace").decode()
 
     def entry(self, folder: epath.PathLike, out: epath.PathLike, moved: Mapping[str, Any]) -> Entry:
         """The edit by its files.
@@ -141,7 +144,7 @@ def read(path: epath.PathLike) -> Record:
         found["files"] = tuple(_typed(File, file) for file in found["files"])
         record = _typed(Record, found)
         printed = [record.acejax, record.jax, record.platform, *(file.path for file in record.files)]
-        if odd := [text for text in printed if not text.isprintable()]:
+        if odd := [text for text in printed if any(unicodedata.category(letter) in CONTROLS for letter in text)]:
             raise UserError(f"found {ascii(odd[0])}")
         return record
     except (UserError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

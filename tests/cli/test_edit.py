@@ -6,6 +6,7 @@ import json
 import pathlib
 import shutil
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -19,6 +20,7 @@ from acejax.data.hashes import Hashes
 from acejax.demo import weights
 from acejax.demo.weights import SHIPPED
 from acejax.edit import files, record
+from acejax.edit.editor import Editor
 from acejax.edit.files import read_picture
 from tests import tokenizers
 from tests.goldens import cases
@@ -132,6 +134,46 @@ def test_a_manifest_that_was_stopped_goes_on(place, capsys, monkeypatch):
     assert listed(place / "res") == ["0.png", "1.png", "2.png"]
     assert (place / "res/0.png").stat().st_mtime_ns == before
     assert [row["line"] for row in json.loads((place / "r.json").read_text())["edits"]] == ["e.jsonl:2", "e.jsonl:3"]
+
+
+def test_a_place_that_cannot_be_written_to_is_told_before_any_edit(place, capsys, monkeypatch):
+    (place / "res").mkdir()
+    (place / "res/sub").touch()
+    lines = [{"image": "in/a.png", "mask": "in/m.png", "out": out} for out in ("a.png", "sub/b.png")]
+    (place / "e.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    before = listed(place)
+    assert main([*EDIT, "--manifest=e.jsonl", "--out=res"]) == 2
+    assert "res/sub/b.png cannot be written" in capsys.readouterr().err and listed(place) == before
+    monkeypatch.setattr("acejax.data.written.os.access", lambda folder, how: False)
+    assert main([*EDIT, *INPUTS, "--out=o.png"]) == 2
+    assert f"o.png cannot be written: {place} is read-only" in capsys.readouterr().err and listed(place) == before
+
+
+def test_memory_that_is_not_there_is_told(place, capsys, monkeypatch):
+    def exhausted(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nAnd more.")
+
+    monkeypatch.setattr(Editor, "_make", exhausted)
+    for more in (["--out=o.png"], ["--warm_up"]):
+        assert main([*EDIT, *INPUTS, *more]) == 2
+        error = capsys.readouterr().err
+        assert "the memory of the devices is exhausted (RESOURCE_EXHAUSTED: Out of memory" in error
+        assert "--staged" in error and error.count("\n") == 1
+
+
+def test_edits_do_without_notes_of_hashes(place):
+    """A home that can't be written to, as containers have."""
+    hashes = Hashes(place / "in/a.png/hashes.json")
+    assert hashes.of(place / "in/m.png")
+    hashes.keep()
+
+
+def test_names_that_are_no_utf8(place, capsys):
+    shutil.copy("in/a.png", "in/caf\udce9.png")
+    assert main([*EDIT, "--image=in/caf\udce9.png", "--mask=in/m.png", "--out=caf\udce9.png", "--json=r.json"]) == 0
+    assert json.loads((place / "r.json").read_text())["edits"][0]["out"] == "caf\udce9.png"
+    assert main(["edit", "--from=caf\udce9.png"]) == 0
+    assert "the same pixels" in capsys.readouterr().out
 
 
 @pytest.fixture

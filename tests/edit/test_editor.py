@@ -8,6 +8,7 @@ from acejax.data.layout import CanvasConfig
 from acejax.demo.tasks import TASKS as SMALL
 from acejax.edit.editor import Editor
 from acejax.edit.masks import grown
+from acejax.edit.prepare import prepare
 from acejax.edit.profile import Profile
 from acejax.edit.request import Options, Request
 from tests.counts import count
@@ -152,6 +153,14 @@ def test_a_mask_grows():
         wide = np.zeros_like(mask)
         wide[max(0, 40 - pixels):60 + pixels, max(0, 98 - pixels):] = 255
         np.testing.assert_array_equal(grown(mask, pixels), wide)
+    assert (grown(mask, 10**12) == 255).all()
+
+
+def test_what_is_made_smaller_is_told():
+    requests = [Request("x", None, picture(1500, 2000)), *(Request("x", size=(side, side)) for side in (2048, 1024))]
+    assert [result.notes for result in White().edit(requests)] == [
+        ("made at 1168 x 880 pixels, as the ACE++ weights see no more at once, and enlarged to 2000 x 1500",),
+        ("made at 1024 x 1024 pixels, as the ACE++ weights see no more at once, and enlarged to 2048 x 2048",), ()]
 
 
 def test_what_is_not_seen_is_told():
@@ -161,6 +170,36 @@ def test_what_is_not_seen_is_told():
     found = [result.notes for result in White().edit(requests)]
     assert found == [("the picture is longer than 4:1 (320 x 40): only its middle, 160 x 40 pixels, is edited",), (),
                      ("reference 1 is longer than 4:1 (320 x 40): only its middle, 160 x 40 pixels, is looked at",), ()]
+
+
+class Copy(White):
+    """Makes what it is shown."""
+
+    def generate(self, canvases, *arguments, **more):
+        return [canvas.source[:, -canvas.widths[-1]:] for canvas in canvases]
+
+
+@pytest.mark.parametrize("size", [(79, 316), (316, 79), (500, 2000), (70, 420)])
+def test_nothing_is_moved_where_rounding_takes_a_picture_beyond_four_to_one(size):
+    across = np.linspace(0, 255, max(size)).astype(np.uint8)
+    image = np.broadcast_to(across[:, None] if size[0] > size[1] else across, size)
+    image, mask = np.repeat(image[..., None], 3, 2), np.zeros(size, np.uint8)
+    mask[:20, :20] = 255
+    editor = Copy()
+    (result,) = editor.edit([Request("x", None, image, mask)], Options(paste="off", crop="none"))
+    assert np.abs(result.picture.astype(int) - image).max() <= 4
+    shown = prepare(FLUX, Request("x", None, image, mask), Options(crop="none"), None).canvas
+    assert (shown.mask[0, 0], shown.mask[-1, -1]) == (255, 0)
+
+
+def test_nothing_of_a_thin_mask_is_lost():
+    image, mask = np.zeros((3000, 4000, 3), np.uint8), np.zeros((3000, 4000), np.uint8)
+    mask[1000, 100:3900] = 255
+    mask[2000:2400, 300:700] = 255
+    thin = prepare(FLUX, Request("x", None, image, mask), Options(crop="none"), None).canvas.mask > 0
+    across = thin.shape[1] / 4000
+    assert thin[int(1000 * thin.shape[0] / 3000)].sum() == pytest.approx(3800 * across, abs=3)
+    assert thin.sum() == pytest.approx(3800 * across + (400 * across) ** 2, rel=0.05)
 
 
 def test_outpainting_puts_the_picture_in_the_middle():

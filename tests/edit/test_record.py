@@ -109,6 +109,16 @@ def test_each_change_is_named(kept):
         "lora: 1 files were read, 0 are there"]
 
 
+@pytest.mark.parametrize("name", ["Screenshot at 3.45\u202fPM.png", "e\u3000星\u200d.png", "caf\udce9.png"])
+def test_any_name_of_a_file_is_kept(kept, name):
+    """A narrow space, as macOS puts into names; a wide one and a joiner; and bytes that are no UTF-8."""
+    out, about, entry = kept
+    first = dataclasses.replace(about.files[0], path=f"../in/{name}")
+    named = dataclasses.replace(about, files=(first, *about.files[1:]))
+    files.write_picture(out, PICTURE, {record.KEY: named.text()})
+    assert record.read(out) == named
+
+
 def test_no_record_and_damaged_ones(kept, tmp_path):
     out, about, entry = kept
     for name in ("in/a.png", "in/m.png"):
@@ -122,7 +132,7 @@ def test_no_record_and_damaged_ones(kept, tmp_path):
     files.write_picture(tmp_path / "older.png", PICTURE, {record.KEY: json.dumps(older)})
     assert record.read(tmp_path / "older.png") == dataclasses.replace(about, grow=0, step_cache=None)
     for change in ({"form": 2}, {"seed": "7"}, {"files": [{}]}, {"files": 3}, {"batch": [0, 10**9]}, {"size": [1]},
-                   {"opened": {"mesh": 5}}, {"files": [good["files"][0]] * 2}, {"jax": "\x1b[31m"}):
+                   {"opened": {"mesh": 5}}, {"files": [good["files"][0]] * 2}, {"jax": "\x1b[31m"}, {"jax": "\x9b31m"}):
         files.write_picture(out, PICTURE, {record.KEY: json.dumps(good | change)})
         with pytest.raises(UserError, match="o.png: its record can't be read"):
             record.read(out)

@@ -66,7 +66,7 @@ def open_weights(flags: Mapping[str, Any], loras: Sequence[Lora], parity: str | 
         found = weights(hashes) + [("lora", _absolute(path), hashes.of(_local(path)), scale) for path, scale in loras]
         for path in (pathlib.Path(flags[name]) for name in ("contour", "depth") if flags[name]):
             found += [("weights", str(file.absolute()), hashes.of(file), None) for file in
-                      (sorted(path.rglob("*.safetensors")) if path.is_dir() else [path])]
+                      (sorted(path.rglob("*.safetensors")) or sorted(path.rglob("*.bin")) if path.is_dir() else [path])]
         return found
 
     return Opened(editor, flags, used)

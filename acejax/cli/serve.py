@@ -32,8 +32,8 @@ def main(argv: Sequence[str]) -> int:
         from acejax.demo import examples as demo
 
         about, examples = demo.ABOUT, demo.examples()
-    # What a visitor's file says of the server are names, not folders.
-    kept = {name: pathlib.Path(value).name if isinstance(value, str) else value
+    # What a visitor's file says of the server are names, not folders; an id of the hub is whole.
+    kept = {name: pathlib.Path(value).name if isinstance(value, str) and pathlib.Path(value).exists() else value
             for name, value in opened.flags.items()}
     used = [file.__class__(file.field, pathlib.Path(file.path).name, file.checksum, file.scale)
             for file in opened.files]

@@ -122,8 +122,10 @@ def make_config(model: acejax.MMDiTConfig, steps: int, rank: int, count: int, ba
     config.update({"steps": steps, "init_from": str(weights.SHIPPED / "mmdit.safetensors"),
                    "stages": ({"share": 1.0},), "model": dataclasses.asdict(model)})
     config.lora = {"rank": rank, "base": base}
-    size = weights.read_note()["size"]
-    config.data.update({"samples": count, "size": size, "batch_sizes": (((size // TOKEN) ** 2, 16),)})
+    note = weights.read_note()
+    config.data.update({"samples": count, "size": note["size"],
+                        "batch_sizes": (((note["size"] // TOKEN) ** 2, 16),)})
+    config.data.canvas.scales = {"insert": note["repainting"].get("insert", 1.0)}
     config.checkpoint.update({"every": steps, "export_every": steps, "export_layout": "comfy,diffusers"})
     config.validation.update({"every": steps, "held": 64})
     return config

@@ -135,6 +135,7 @@ def make_config(note: Mapping[str, Any], steps: int, count: int, seed: int, dtyp
                    "stages": ({"share": 1.0},), "model": dataclasses.asdict(acejax.MMDiTConfig(**note["config"]))})
     config.data.update({"samples": count, "size": note["size"],
                         "batch_sizes": (((note["size"] // TOKEN) ** 2, BATCH),)})
+    config.data.canvas.scales = note["repainting"]
     config.optimizer.update({"name": "adafactor", "learning_rate": RATE, "schedule": "constant", "warmup": 0.0,
                              "param_dtype": dtype, "rounding": rounding})
     config.checkpoint.every = steps

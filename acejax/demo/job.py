@@ -138,6 +138,7 @@ def run(config: ml_collections.ConfigDict, workdir: epath.PathLike, setup_second
     started = time.time()
     note = {"command": command, "seed": config.seed, "steps": config.steps, "euler_steps": config.evaluate.steps,
             "tasks": [task for task in TASKS if task in config.data.tasks], "scales": config.data.scales,
+            "repainting": config.data.canvas.scales.to_dict(),
             "seconds": round(seconds["data"] + seconds["compile"] + seconds["train"], 1),
             "train_seconds": round(seconds["train"], 1)}
     params = state.params if state.ema is None else state.ema

@@ -65,7 +65,8 @@ def save(folder: epath.PathLike, config: MMDiTConfig, params: Any, autoencoder: 
 
 def read_note(folder: epath.PathLike = SHIPPED) -> dict[str, Any]:
     """`weights.json`: how the weights came, the pictures' `size` in pixels and `scales`, `euler_steps`, the
-    kind of `autoencoder`, the `tasks` that they were trained on, `config`.
+    kind of `autoencoder`, the `tasks` that they were trained on, the share of the picture under the mask that was
+    hidden in each (`repainting`, 1 where nothing is said), `config`.
 
     Raises:
       UserError: no such weights.
@@ -76,7 +77,7 @@ def read_note(folder: epath.PathLike = SHIPPED) -> dict[str, Any]:
     try:
         note = json.loads(path.read_text())
         MMDiTConfig(**note["config"]), note["size"], note["euler_steps"], note["autoencoder"]
-        list(note["tasks"]), list(note["scales"])
+        list(note["tasks"]), list(note["scales"]), dict(note["repainting"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not the note of a demo's weights ({' '.join(str(error).split())[:100]})") from error
     return note
@@ -84,7 +85,8 @@ def read_note(folder: epath.PathLike = SHIPPED) -> dict[str, Any]:
 
 def tasks_of(note: Mapping[str, Any]) -> dict[str, Task]:
     """The presets of the tasks in a note."""
-    return {name: task for name, task in TASKS.items() if name in note["tasks"]}
+    return {name: dataclasses.replace(task, scale=note["repainting"].get(name, 1.0)) for name, task in TASKS.items()
+            if name in note["tasks"]}
 
 
 def load_editor(folder: epath.PathLike = SHIPPED, steps: int | None = None,

@@ -12,7 +12,7 @@ from acejax import UserError
 from acejax.cli.main import main
 from acejax.demo import evaluate, job
 from acejax.demo.pictures import TASKS, samples
-from acejax.demo.weights import SHIPPED, load_autoencoder, load_editor, read_note
+from acejax.demo.weights import SHIPPED, load_autoencoder, load_editor, read_note, tasks_of
 from acejax.edit.files import read_picture
 
 SMALL = ("--config.steps=30 --config.data.samples=40 --config.evaluate.samples=6 --config.evaluate.held=4 "
@@ -103,6 +103,13 @@ def test_every_task_edits(done):
         sample = next(samples(1, task, 5, "test", size := note["size"]))
         result = editor(task, sample.prompt, image=sample.image, mask=sample.mask, references=sample.references)
         assert result.shape == sample.target.shape == (size, size, 3)
+
+
+def test_presets_hide_what_was_hidden_in_training(done):
+    note = read_note(done[0] / "weights")
+    hidden = {name: task.scale for name, task in tasks_of(note).items()}
+    assert hidden == {name: 0.0 if name in ("recolor", "instruct", "remove") else 1.0 for name in note["tasks"]}
+    assert tasks_of(note | {"repainting": {"insert": 0.25}})["insert"].scale == 0.25
 
 
 FINE = (f"--config={pathlib.Path(__file__).parents[2]}/configs/small_weights.py --config.steps=8 "

@@ -6,6 +6,7 @@ import pytest
 from acejax import MMDiTConfig, UserError
 from acejax.data.layout import CanvasConfig
 from acejax.demo.tasks import TASKS as SMALL
+from acejax.demo.weights import tasks_of
 from acejax.edit.editor import Editor
 from acejax.edit.masks import grown
 from acejax.edit.prepare import prepare
@@ -16,7 +17,8 @@ from tests.counts import count
 RNG = np.random.default_rng(0)
 FLUX = Profile.of(MMDiTConfig.ace_plus_fft())
 FILL = Profile.of(MMDiTConfig.ace_plus_lora())
-SMALLEST = Profile("small weights", SMALL, CanvasConfig(editing_height=1.0), 8, None, 64)
+SMALLEST = Profile("small weights", tasks_of({"tasks": [*SMALL], "repainting": {"recolor": 0.0}}),
+                   CanvasConfig(editing_height=1.0), 8, None, 64)
 
 
 class White(Editor):

@@ -25,6 +25,7 @@ def get_config() -> ConfigDict:
             "tasks": ("text", "insert", "recolor", "instruct", "reference", "two_references"),
             "size": SIZE,  # of a picture's sides in pixels
             "scales": SCALES,  # of a photo's short side, in sides of a picture
+            "vary": False,  # turn the training photos, and change their colours
             # "linear" is fitted in a second; "convolutional" is trained from it and finer
             "autoencoder": {"kind": "linear", "pictures": 1500, "width": 96, "encoder": 1, "decoder": 2, "steps": 4000,
                             "batch": 16, "learning_rate": 1e-3, "noise": 0.1},

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from PIL import Image
 
 from acejax import fields
-from acejax.data import dataset, inputs, pictures
+from acejax.data import dataset, inputs, pictures, written
 from acejax.data.augment import AugmentConfig
 from acejax.data.build import build
 from acejax.data.cache.build import CacheConfig
@@ -40,7 +40,8 @@ from acejax.train.config import TrainConfig
 from acejax.train.validate import HeldOut
 from acejax.workdir import claim, claim_data
 
-OWN = ("source", "samples", "tasks", "size", "scales", "autoencoder", "canvas")  # fields of config.data read here
+# fields of config.data that are read here
+OWN = ("source", "samples", "tasks", "size", "scales", "vary", "autoencoder", "canvas")
 
 
 def check(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> tuple[TrainConfig, Mesh]:
@@ -89,7 +90,7 @@ def prepare(config: ml_collections.ConfigDict, workdir: epath.PathLike
     claim(workdir, config.to_dict(), loop.FREE)
     processes.say("writing the pictures, fitting the autoencoder, encoding ...")
     place, judged, data = epath.Path(workdir), config.evaluate, config.data
-    drawn = functools.partial(Drawn, tuple(data.tasks), size=data.size, scales=tuple(data.scales))
+    drawn = functools.partial(Drawn, tuple(data.tasks), size=data.size, scales=tuple(data.scales), vary=data.vary)
     with processes.first_alone("dataset"):
         folder = build(place / "data", {"train": drawn(data.samples, config.seed, "train"),
                                         "test": drawn(judged.samples, judged.seed, judged.split),
@@ -127,13 +128,14 @@ def run(config: ml_collections.ConfigDict, workdir: epath.PathLike, setup_second
     """
     workdir = epath.Path(workdir)
     started = time.time()
+    again = (workdir / "report.json").exists()  # trained before; it is edited again
     folder, autoencoder, stream, held_out = prepare(config, workdir)
-    seconds = {"setup": setup_seconds, "data": time.time() - started}
-
+    if not again:
+        _spend(workdir, {"setup": setup_seconds, "data": time.time() - started})
     state, spent = loop.train(config, workdir, stream, held_out=held_out)
-    seconds |= spent
-    if (workdir / "report.json").exists():  # trained before; it is edited again
-        seconds = json.loads((workdir / "report.json").read_text())["seconds"]
+    if not again:
+        _spend(workdir, {"compile": spent["compile"]})
+    seconds = _spend(workdir, {}) | {"train": spent["train"]}  # which holds earlier starts
     print("editing the test photo ...", flush=True)
     started = time.time()
     note = {"command": command, "seed": config.seed, "steps": config.steps, "euler_steps": config.evaluate.steps,
@@ -179,8 +181,10 @@ def table(report: dict[str, Any]) -> str:
 class Drawn(Sequence):
     """`count` drawn samples of each task, drawn when the first is asked for; `detail` is what the scores need."""
 
-    def __init__(self, tasks: Sequence[str], count: int, seed: int, split: str, size: int, scales: tuple[float, ...]):
-        self._tasks, self._count, self._split, self._drawing = tasks, count, split, (seed, split, size, scales)
+    def __init__(self, tasks: Sequence[str], count: int, seed: int, split: str, size: int, scales: tuple[float, ...],
+                 vary: bool = False):
+        self._tasks, self._count, self._split = tasks, count, split
+        self._drawing = seed, split, size, scales, vary and split == "train"
 
     def __len__(self) -> int:
         return self._count * len(self._tasks)
@@ -212,6 +216,15 @@ def _png(picture: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(picture).save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()
+
+
+def _spend(workdir: epath.Path, more: dict[str, float]) -> dict[str, float]:
+    """Adds to the seconds of what all starts of a run have ended, and returns them."""
+    path = workdir / "seconds.json"
+    spent = json.loads(path.read_text()) if path.exists() else {}
+    spent |= {name: spent.get(name, 0.0) + value for name, value in more.items()}
+    written.write(path, (json.dumps(spent) + "\n").encode())
+    return spent
 
 
 def _losses(workdir: epath.Path) -> dict[str, Any]:

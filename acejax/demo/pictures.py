@@ -127,20 +127,21 @@ def box_sides(size: int) -> range:
 
 
 def samples(count: int, task: str, seed: int, split: str = "train", size: int = SIZE,
-            scales: tuple[float, ...] = SCALES) -> Iterator[Sample]:
+            scales: tuple[float, ...] = SCALES, vary: bool = False) -> Iterator[Sample]:
     """`count` samples of a task on crops of photos, as by `photo`; fixed by what is given.
 
     Splits: "train" and "validation" (training photos, no held-out pair), "test" (the test photo, trained pairs),
-    "held" (the test photo, held-out pairs only).
+    "held" (the test photo, held-out pairs only). `vary` turns the training photos and, where no prompt names them,
+    changes their colours, so that eight photos stand for more.
     """
     rng = np.random.default_rng([seed, TASKS.index(task), SPLITS.index(split)])
     pairs = [pair for pair in itertools.product(SHAPES, COLORS) if (pair in HELD_PAIRS) == (split == "held")]
     for _ in range(count):
-        yield _sample(rng, task, split, pairs, size, scales)
+        yield _sample(rng, task, split, pairs, size, scales, vary and split == "train")
 
 
 def _sample(rng: np.random.Generator, task: str, split: str, pairs: list[tuple[str, str]], size: int,
-            scales: tuple[float, ...]) -> Sample:
+            scales: tuple[float, ...], vary: bool) -> Sample:
     def pick(options):
         return options[rng.integers(len(options))]
 
@@ -158,7 +159,8 @@ def _sample(rng: np.random.Generator, task: str, split: str, pairs: list[tuple[s
         picture = pick(photo(place, size, scales))
         top, left = (rng.integers(side - size + 1) for side in picture.shape[:2])
         window = picture[top:top + size, left:left + size]
-        return window[:, ::-1].copy() if rng.integers(2) else window.copy()
+        window = window[:, ::-1].copy() if rng.integers(2) else window.copy()
+        return _varied(rng, window, named=task == "text") if vary else window
 
     def reference(shown):
         sides = [size // 2, size * 5 // (8 * CELL) * CELL]
@@ -205,6 +207,18 @@ def _sample(rng: np.random.Generator, task: str, split: str, pairs: list[tuple[s
         for top, left, side in (shown.box for shown in things):
             mask[top:top + side, left:left + side] = 255
     return Sample(task, prompt, target, image, mask, references, things)
+
+
+def _varied(rng: np.random.Generator, window: np.ndarray, named: bool) -> np.ndarray:
+    """A square window turned by quarters and, two times of three where it is not named, in other colours."""
+    window = np.rot90(window, rng.integers(4)).copy()
+    if named or rng.integers(3) == 0:
+        return window
+    shown = window[..., rng.permutation(3)] / 255
+    grey = shown.mean(-1, keepdims=True)
+    shown = np.clip(grey + (shown - grey) * rng.uniform(0.3, 1.3), 0, 1)
+    shown = shown ** np.exp(rng.uniform(-0.5, 0.5)) * rng.uniform(0.6, 1.2, 3)
+    return np.rint(255 * np.clip(shown, 0, 1)).astype(np.uint8)
 
 
 def _article(color: str) -> str:

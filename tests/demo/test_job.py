@@ -42,13 +42,21 @@ def test_the_report_has_every_figure_and_tells_the_truth(done):
     assert read_picture(workdir / "edits.png").shape[0] > 500
 
 
+def test_seconds_of_interrupted_starts_add_up(tmp_path):
+    for seconds in (2.0, 3.0):
+        spent = job._spend(tmp_path, {"data": seconds})
+    assert spent == {"data": 5.0} == job._spend(tmp_path, {})
+
+
 def test_the_same_command_again_does_not_train_again(done, capsys):
     workdir, _ = done
     before, report = (workdir / "metrics.jsonl").read_text(), json.loads((workdir / "report.json").read_text())
     assert main(["demo", f"--workdir={workdir}", *SMALL.split()]) == 1
     assert "resuming" in capsys.readouterr().out
     assert (workdir / "metrics.jsonl").read_text() == before
-    assert json.loads((workdir / "report.json").read_text())["tasks"] == report["tasks"], "a seed fixes the result"
+    again = json.loads((workdir / "report.json").read_text())
+    assert again["tasks"] == report["tasks"], "a seed fixes the result"
+    assert {**again["seconds"], "evaluate": 0} == {**report["seconds"], "evaluate": 0}
 
 
 def test_thresholds_can_be_missed_and_met(done):

@@ -111,3 +111,17 @@ def test_every_prompt_can_be_read_and_words_are_told_apart():
         surroundings.encode_prompts(["a red heart on the cat and"])
     with pytest.raises(UserError, match="has 0 words"):
         surroundings.encode_prompts([" "])
+
+
+@pytest.mark.parametrize("task", ["insert", "text"])
+def test_photos_vary_in_training_alone(task):
+    def targets(split, vary):
+        return np.stack([sample.target for sample in samples(20, task, 3, split, vary=vary)])
+
+    for split in ("validation", "test", "held"):
+        np.testing.assert_array_equal(targets(split, True), targets(split, False))
+    varied = targets("train", True)
+    np.testing.assert_array_equal(varied, targets("train", True))
+    assert (varied != targets("train", False)).any((1, 2, 3)).sum() >= 15
+    greys = [np.ptp(sample[:8, :8].astype(int), -1).max() == 0 for sample in varied]
+    assert any(greys), "photos without colour keep none where they are named, and at times where they are not"

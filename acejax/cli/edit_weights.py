@@ -102,7 +102,8 @@ def _released(flags: Mapping[str, Any], loras: Sequence[Lora], parity: str | Non
     maps = {name: flags[name] for name in ("contour", "depth") if flags[name]}
     profile = Profile.of(models.config, parity)
     editor = Editor(profile, models.sample, models.encode_pictures, models.decode_latents, models.encode_prompts,
-                    lora=models.lora(loras), annotate=annotator(maps, parity), batch=MOST_BATCH)  # --batch is less
+                    lora=models.lora(loras), annotate=annotator(maps, parity), batch=MOST_BATCH,  # --batch is less
+                    check_size=models.check_size)
     return editor, lambda hashes: [("weights", path, checksum, None) for path, checksum in models.checksums(hashes)]
 
 

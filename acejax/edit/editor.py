@@ -50,16 +50,19 @@ class Editor:
       annotate: (name, picture) -> the control map of a picture; None: what needs no weights (`acejax.edit.annotators`).
       batch: most edits that are made at once.
       check_prompt: raises UserError for a prompt that can't be read.
+      check_size: raises UserError for a canvas, height and width in pixels, that the sampler can't take.
     """
 
     def __init__(self, profile: Profile, sampler: Sampler, encode_pictures: EncodePictures,
                  decode_latents: Callable[[jax.Array], jax.Array], encode_prompts: EncodePrompts, *, lora: Any = None,
                  annotate: Annotate | None = None, batch: int = 4,
-                 check_prompt: Callable[[str], object] = lambda prompt: None):
+                 check_prompt: Callable[[str], object] = lambda prompt: None,
+                 check_size: Callable[[int, int], object] = lambda height, width: None):
         self.profile, self.lora = profile, lora
         self._sampler, self._encode_pictures, self._decode = sampler, encode_pictures, decode_latents
         self._annotate = annotate or annotator(parity=profile.canvas.parity)
-        self._encode_prompts, self._check_prompt, self._batch = encode_prompts, check_prompt, batch
+        self._encode_prompts, self._batch = encode_prompts, batch
+        self._check_prompt, self._check_size = check_prompt, check_size
 
     def __call__(self, task: str | None, prompt: str, *, image: np.ndarray | None = None,
                  mask: np.ndarray | None = None, references: Sequence[np.ndarray] = (), seed: int = 0,
@@ -139,6 +142,7 @@ class Editor:
 
         prepared = prepare(self.profile, request, options, stands_in)
         self._check_prompt(prepared.prompt)
+        self._check_size(*prepared.canvas.mask.shape)
         return Checked(_kind(prepared, options), _shape(prepared), prepared.prompt)
 
     def generate(self, canvases: Sequence[Canvas], text: tuple[np.ndarray, np.ndarray], seeds: Sequence[int],

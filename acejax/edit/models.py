@@ -20,6 +20,7 @@ from acejax.adapt import lora as adapt
 from acejax.adapt.quantize import KINDS, quantize
 from acejax.data.encoders import DTYPES, Encoders, EncodersConfig, files
 from acejax.data.hashes import Hashes
+from acejax.data.layout import TOKEN
 from acejax.edit import transformer
 from acejax.edit.sampler import INPUTS, Sampler
 from acejax.errors import UserError
@@ -105,6 +106,11 @@ class Models:
         self._sampler: Sampler | None = None
         self._prompts: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         self._loras: dict[str, Params] = {}
+
+    def check_size(self, height: int, width: int) -> None:
+        """Raises UserError for a canvas, in pixels, whose tokens do not fall apart over the mesh."""
+        if self._mesh is not None:
+            rules.check_tokens(self._mesh, f"a canvas of {width} x {height} pixels", height * width // TOKEN**2)
 
     def encode_prompts(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Text [B, T, D] and pooled [B, P]; of prompts that were seen before, from memory."""

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import gc
+import types
 import weakref
 
 import jax
@@ -27,7 +28,7 @@ from acejax.edit.editor import Editor
 from acejax.edit.manifest import Entry
 from acejax.edit.models import Models, ModelsConfig
 from acejax.edit.profile import Profile
-from acejax.edit.request import Options
+from acejax.edit.request import Options, Request
 from acejax.edit.sampler import Sampler
 from acejax.model.config import CLIPConfig, T5Config
 from acejax.weights import keymaps
@@ -176,3 +177,14 @@ def test_what_cannot_serve_is_named(config, folder):
     save_file(cases.state(dataclasses.replace(MMDIT, in_channels=128)), folder / "odd.safetensors")
     with pytest.raises(UserError, match="expected a FLUX transformer of 64, 384, 448 input channels"):
         Models(dataclasses.replace(config, transformer=str(folder / "odd.safetensors")))
+
+
+def test_a_canvas_that_does_not_fall_apart_over_the_mesh_is_told_before_any_weights_are_read(config, monkeypatch):
+    models = Models(config)
+    models.check_size(64, 80)
+    monkeypatch.setattr(models, "_mesh", types.SimpleNamespace(shape={"seq": 3}))
+    editor = Editor(Profile.of(models.config), None, None, None, None, check_size=models.check_size)
+    picture = np.zeros((64, 96, 3), np.uint8)
+    editor.check(Request("x", None, picture))
+    with pytest.raises(UserError, match="a canvas of 80 x 64 pixels: 20 tokens are no multiple of the mesh's seq = 3"):
+        editor.check(Request("x", None, picture[:, :80]))

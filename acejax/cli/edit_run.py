@@ -12,15 +12,15 @@ from tqdm import tqdm
 from acejax.cli.edit_weights import Opened
 from acejax.data import written
 from acejax.data.progress import Progress
-from acejax.edit import files, memory, record
+from acejax.edit import files, record
 from acejax.edit.editor import Checked, Say, groups
 from acejax.edit.manifest import Entry
 from acejax.edit.record import File, Record
 from acejax.edit.request import Options, Result
 from acejax.errors import UserError
+from acejax.parallel import memory
 
 AHEAD = 64  # prompts that are read together where weights take turns: as many as `acejax.edit.models` remembers
-
 REMEDY = "--staged, --offload, --eight_bits=int8, --tile=64 and --batch=1 need less, and so do fewer references"
 
 
@@ -43,6 +43,7 @@ def check(entries: Sequence[Entry], opened: Opened, options: Options) -> list[Ch
     return found
 
 
+@memory.told(lambda: REMEDY)
 def run(entries: Sequence[Entry], checked: Sequence[Checked], opened: Opened, options: Options,
         batch: int) -> list[dict[str, Any]]:
     """Make and write the edits. Staged, the text encoders and the transformer take turns for 64 prompts at once.
@@ -55,7 +56,7 @@ def run(entries: Sequence[Entry], checked: Sequence[Checked], opened: Opened, op
       What is told of each, in their order.
 
     Raises:
-      UserError: a place that can't be written to, before any edit is made.
+      UserError: a place that can't be written to, before any edit is made; memory that the devices do not have.
     """
     for entry in entries:
         written.check_folder(entry.out)
@@ -67,11 +68,10 @@ def run(entries: Sequence[Entry], checked: Sequence[Checked], opened: Opened, op
             if opened.flags["staged"] and any(checked[index].prompt not in read for index in members):
                 left = dict.fromkeys(checked[index].prompt for later in order[place:] for index in later)
                 read = [*left][:AHEAD]
-                with memory.told(REMEDY):
-                    opened.editor.read(read)
+                opened.editor.read(read)
             made = edit(chosen, opened, options, tell(progress))
             for index, entry, (result, about) in zip(members, chosen, made, strict=True):
-                written.make_parent(entry.out)
+                epath.Path(entry.out).parent.mkdir(parents=True, exist_ok=True)
                 files.write_picture(entry.out, result.picture, {record.KEY: about.text()})
                 rows[index] = row(entry, result, about, (time.time() - start) / len(members))
                 _wrote(rows[index], f"{len(rows)} of {len(entries)}: " if len(entries) > 1 else "")
@@ -79,6 +79,7 @@ def run(entries: Sequence[Entry], checked: Sequence[Checked], opened: Opened, op
     return [rows[index] for index in range(len(entries))]
 
 
+@memory.told(lambda: REMEDY)
 def warm_up(entries: Sequence[Entry], checked: Sequence[Checked], opened: Opened, options: Options, batch: int) -> int:
     """Make edits of each shape and number and write nothing: their programs are in the compile cache then, and counted.
     """
@@ -86,18 +87,17 @@ def warm_up(entries: Sequence[Entry], checked: Sequence[Checked], opened: Opened
     distinct = {(checked[members[0]].shape, len(members)): members for members in order}
     with Progress(len(distinct), "warm-up", "kinds of edits") as progress:
         for members in distinct.values():
-            with memory.told(REMEDY):
-                opened.editor.edit([entries[index].open()[0] for index in members], options, tell(progress))
+            opened.editor.edit([entries[index].open()[0] for index in members], options, tell(progress))
             progress.update()
     return len(distinct)
 
 
+@memory.told(lambda: REMEDY)
 def edit(entries: Sequence[Entry], opened: Opened, options: Options, say: Say | None = None
          ) -> list[tuple[Result, Record]]:
     """Edits of one kind, made at once, and the record of each."""
     read, weights = [entry.open() for entry in entries], opened.files
-    with memory.told(REMEDY):
-        results = opened.editor.edit([request for request, _ in read], options, say)
+    results = opened.editor.edit([request for request, _ in read], options, say)
     made = []
     for place, (entry, (request, hashes), result) in enumerate(zip(entries, read, results, strict=True)):
         folder = epath.Path(entry.out).parent

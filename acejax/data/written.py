@@ -51,18 +51,6 @@ def check_folder(path: epath.PathLike) -> None:
         raise UserError(f"{path} cannot be written: {there} is " + ("read-only" if there.is_dir() else "no folder"))
 
 
-def make_parent(path: epath.PathLike) -> None:
-    """The folder of a file to be written.
-
-    Raises:
-      UserError: it cannot be made.
-    """
-    try:
-        epath.Path(path).parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error}") from error
-
-
 def write(path: epath.PathLike, data: bytes) -> None:
     """Write a file; raises as `beside`."""
     with beside(path) as place:

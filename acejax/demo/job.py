@@ -184,7 +184,7 @@ class Drawn(Sequence):
     def __init__(self, tasks: Sequence[str], count: int, seed: int, split: str, size: int, scales: tuple[float, ...],
                  vary: bool = False):
         self._tasks, self._count, self._split = tasks, count, split
-        self._drawing = seed, split, size, scales, vary and split == "train"
+        self._drawing = seed, split, size, scales, vary
 
     def __len__(self) -> int:
         return self._count * len(self._tasks)

@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from acejax.data import resize
-from acejax.edit import files, memory, record, web_form, web_mask
+from acejax.edit import files, record, web_form, web_mask
 from acejax.edit.editor import Editor
 from acejax.edit.record import File
 from acejax.edit.request import MOST_SEED
@@ -29,6 +29,7 @@ from acejax.edit.web_form import Form, Limits
 from acejax.edit.web_guard import BodyLimit
 from acejax.edit.web_mask import SCRIPT, SIDE, TEMPLATE, painted
 from acejax.errors import UserError
+from acejax.parallel import memory
 
 AUTO = "by what is given"
 PICTURES = [".png", ".jpg", ".jpeg", ".webp", ".avif", ".gif", ".tif", ".tiff", ".bmp", ".ppm", ".jp2"]
@@ -191,7 +192,7 @@ def _edit(site: Site, form: Form, folder: str, say: Callable[[str, float], None]
     """Make an edit: the file of its result, of its mask where that was painted, and what there is to say."""
     start = time.time()
     asked = web_form.read(site.editor.profile, form, site.limits)
-    with memory.told("a smaller picture or fewer references need less"):
+    with memory.told(lambda: "a smaller picture or fewer references need less"):
         result = site.editor.edit([asked.request], asked.options, say)[0]
     place = pathlib.Path(tempfile.mkdtemp(dir=folder))
     name = f"acejax-{result.task}-{asked.request.seed}"

@@ -19,14 +19,13 @@ from acejax.checkpoint import Checkpoints, digest
 from acejax.data.stream import Stream
 from acejax.errors import UserError
 from acejax.parallel import batch as batches
+from acejax.parallel import memory, processes, rules
 from acejax.parallel import mesh as meshes
-from acejax.parallel import processes, rules
 from acejax.parallel.chips import chip_of
 from acejax.train import lora as loras
 from acejax.train.config import TrainConfig
-from acejax.train.exhausted import explained
 from acejax.train.export import Exports
-from acejax.train.plan import Plan, plan
+from acejax.train.plan import Plan, plan, remedy
 from acejax.train.preemption import Preempted, Preemption
 from acejax.train.profile import Profiler, write_hlo
 from acejax.train.program import Program
@@ -93,7 +92,7 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike, stream: St
       Preempted: SIGTERM reached a process of the run; the step is saved.
     """
     run, mesh = check(config, workdir)
-    with Preemption() as preemption, explained(run, stream.batch_sizes, lambda: _plan(run, stream)):
+    with Preemption() as preemption, memory.told(lambda: _remedy(run, stream)):
         return _train(run, mesh, config, workdir, stream, until, preemption, held_out, profile, dump_hlo)
 
 
@@ -202,6 +201,12 @@ def _plan(run: TrainConfig, stream: Stream, examples: dict[int, dict[str, Any]] 
     text = next(iter(examples.values()))["text"].shape[1]
     buckets = {bucket: stream.batch_sizes[bucket] for bucket in examples}
     return plan(run, buckets, text, chip_of(jax.devices()[0]), jax.device_count())
+
+
+def _remedy(run: TrainConfig, stream: Stream) -> str:
+    """The plan, and what would make the run fit."""
+    found = _plan(run, stream)
+    return f"it was planned:\n{found.table()}\n{remedy(run, found, stream.batch_sizes)}"
 
 
 def _compile(program: Program, examples: dict[int, dict[str, Any]], frozen: Any) -> dict[int, Callable]:

@@ -1,7 +1,7 @@
 """Memory that the devices do not have, told with what would need less."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 
@@ -9,8 +9,8 @@ from acejax.errors import UserError
 
 
 @contextlib.contextmanager
-def told(remedy: str) -> Iterator[None]:
-    """Turns XLA's RESOURCE_EXHAUSTED into a message that ends in a remedy.
+def told(remedy: Callable[[], str]) -> Iterator[None]:
+    """Turns XLA's RESOURCE_EXHAUSTED, from compiling, loading or running, into a message that ends in a remedy.
 
     Raises:
       UserError: the devices' memory is exhausted.
@@ -20,4 +20,4 @@ def told(remedy: str) -> Iterator[None]:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise UserError(f"the memory of the devices is exhausted ({str(error).splitlines()[0]}); {remedy}") from error
+        raise UserError(f"the memory of the devices is exhausted ({str(error).splitlines()[0]}); {remedy()}") from error

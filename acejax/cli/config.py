@@ -1,5 +1,6 @@
 """Flags and configs on the command line, as JAX users expect: `--config=FILE.py:arg --config.a.b=value` (absl)."""
 
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 
@@ -11,6 +12,7 @@ from ml_collections import config_flags
 from acejax.errors import UserError
 
 CPU_DEVICES = 2
+HOME = re.compile(r"(--[\w.]+=)~(?=/|$)")  # which no shell expands there
 QUOTES = "[\"']"
 PARSING = "Error whilst parsing config file:"
 Define = Callable[[flags.FlagValues], None]
@@ -30,6 +32,7 @@ def parse_flags(command: str, argv: Sequence[str], define: Define) -> flags.Flag
     """
     values = flags.FlagValues()
     define(values)
+    argv = [HOME.sub(lambda found: found[1] + os.path.expanduser("~"), arg) for arg in argv]
     if any(flag in argv for flag in ("-h", "--help")):
         print(f"usage: acejax {command} [flags]\n{values.get_help()}")
         return None

@@ -8,9 +8,9 @@ import numpy as np
 from etils import epath
 
 from acejax.cli.edit_run import edit, tell
-from acejax.cli.edit_weights import FLAGS, Lora, open_weights
+from acejax.cli.edit_weights import FLAGS, SWITCHES, Lora, open_weights
 from acejax.data.progress import Progress
-from acejax.edit import files, record
+from acejax.edit import files, manifest, record
 from acejax.errors import UserError
 
 
@@ -28,9 +28,14 @@ def again(path: str, out: str | None, moved: Mapping[str, Any], loras: Sequence[
       UserError: what was moved or has changed, all of it.
     """
     kept, folder = record.read(path), epath.Path(path).parent
+    if out and manifest.place(out) == manifest.place(path):
+        raise UserError(f"--out={out} is the file that --from compares with; expected another one")
     entry = kept.entry(folder, out or path, moved)
     flags = dict.fromkeys(FLAGS) | {name: record.resolved(folder, value) if isinstance(value, str) else value
                                     for name, value in kept.opened.items() if name in FLAGS}
+    if odd := [name for name, value in flags.items() if value is not None and isinstance(value, bool) != (
+            name in SWITCHES)]:
+        raise UserError(f"{path}: its record can't be read: {odd[0]} is {flags[odd[0]]!r}")
     if not flags["demo"] and not flags["base"]:
         raise UserError(f"{path}: its record can't be read: it names no weights")
     flags |= {name: moved[name] for name in ("weights", "base", "contour", "depth") if moved.get(name)}
@@ -50,7 +55,7 @@ def again(path: str, out: str | None, moved: Mapping[str, Any], loras: Sequence[
     with Progress(1, "edit", "edits") as progress:
         result, about = edit([entry] * count, opened, kept.options, tell(progress))[place]
     if out:
-        files.write_picture(out, result.picture, {record.KEY: about.text()})
+        files.write_picture(out, result.picture, {record.KEY: about.text()}, files.colors(entry.image))
         print(f"wrote {out}")
     first = files.read_picture(path)
     if first.shape == result.picture.shape and (first == result.picture).all():

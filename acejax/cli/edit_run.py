@@ -21,7 +21,8 @@ from acejax.errors import UserError
 from acejax.parallel import memory
 
 AHEAD = 64  # prompts that are read together where weights take turns: as many as `acejax.edit.models` remembers
-REMEDY = "--staged, --offload, --eight_bits=int8, --tile=64 and --batch=1 need less, and so do fewer references"
+REMEDY = ("--batch=1 and fewer references need less; with --base so do --staged, --offload, --eight_bits=int8 and "
+          "--tile=64")
 
 
 def check(entries: Sequence[Entry], opened: Opened, options: Options) -> list[Checked]:
@@ -35,6 +36,7 @@ def check(entries: Sequence[Entry], opened: Opened, options: Options) -> list[Ch
         for entry in entries:
             try:
                 found.append(opened.editor.check(entry.open()[0], options))
+                files.check_size(entry.out, found[-1].size)
             except UserError as error:
                 faults.append(f"{entry.line}: {error}" if entry.line else str(error))
             progress.update()
@@ -72,7 +74,7 @@ def run(entries: Sequence[Entry], checked: Sequence[Checked], opened: Opened, op
             made = edit(chosen, opened, options, tell(progress))
             for index, entry, (result, about) in zip(members, chosen, made, strict=True):
                 epath.Path(entry.out).parent.mkdir(parents=True, exist_ok=True)
-                files.write_picture(entry.out, result.picture, {record.KEY: about.text()})
+                files.write_picture(entry.out, result.picture, {record.KEY: about.text()}, files.colors(entry.image))
                 rows[index] = row(entry, result, about, (time.time() - start) / len(members))
                 _wrote(rows[index], f"{len(rows)} of {len(entries)}: " if len(entries) > 1 else "")
                 progress.update()

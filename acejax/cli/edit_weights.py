@@ -22,6 +22,7 @@ from acejax.weights import hub
 Lora = tuple[str, float]  # file, strength
 Used = Callable[[Hashes], list[tuple]]  # fields of the `File`s that are read
 FLAGS = ("demo", "weights", "base", "dtype", "eight_bits", "staged", "offload", "tile", "mesh", "contour", "depth")
+SWITCHES = ("demo", "staged", "offload")
 PATHS = ("weights", "base", "contour", "depth")
 PARTS = ("vae", "text_encoder_2", "text_encoder", "tokenizer", "tokenizer_2")
 NOTES = pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache")) / "acejax" / "hashes.json"
@@ -60,10 +61,14 @@ def open_weights(flags: Mapping[str, Any], loras: Sequence[Lora], parity: str | 
     """
     flags = {name: _absolute(value) if name in PATHS and value else value for name, value in flags.items()
              if name in FLAGS}
+    for name in ("contour", "depth"):
+        if flags[name] and not pathlib.Path(flags[name]).exists():
+            raise UserError(f"--{name}={flags[name]}: no such file or folder")
     editor, weights = (_small if flags["demo"] else _released)(flags, loras, parity)
 
     def used(hashes: Hashes) -> list[tuple]:
-        found = weights(hashes) + [("lora", _absolute(path), hashes.of(_local(path)), scale) for path, scale in loras]
+        found = weights(hashes) + [("lora", _absolute(path), hashes.of(hub.local(path)), scale)
+                                   for path, scale in loras]
         for path in (pathlib.Path(flags[name]) for name in ("contour", "depth") if flags[name]):
             found += [("weights", str(file.absolute()), hashes.of(file), None) for file in
                       (sorted(path.rglob("*.safetensors")) or sorted(path.rglob("*.bin")) if path.is_dir() else [path])]
@@ -127,10 +132,6 @@ def _mesh(axes: str | None) -> dict[str, int] | None:
 
 def _absolute(path: str) -> str:
     return str(pathlib.Path(path).absolute()) if pathlib.Path(path).exists() else path
-
-
-def _local(path: str) -> pathlib.Path:
-    return hub.fetch(path) if hub.looks_like_id(path) else pathlib.Path(path).expanduser()
 
 
 def lora(text: str) -> Lora:

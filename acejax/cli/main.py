@@ -29,8 +29,9 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # disks, which n
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0 well, 1 a result below its thresholds, 2 a mistake in what was given,
-    75 training that was preempted: the same command goes on.
+    """Run a command; returns the exit code: 0 well, 1 a result below its thresholds or an edit that came out otherwise,
+    2 a mistake in what was given, 75 training that was preempted (the same command goes on), 130 Ctrl-C, 141 nobody
+    reads on.
     """
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help", "help"):

@@ -92,6 +92,11 @@ def size(data: bytes | BinaryIO, name: str) -> tuple[int, int]:
     return _upright_size(_open(file, name), file)
 
 
+def profile(data: bytes | BinaryIO, name: str) -> bytes | None:
+    """The ICC profile of a picture, where it has one; raises as `size`."""
+    return _open(_file(data), name).info.get("icc_profile")
+
+
 def decode(data: bytes, name: str, least: Least = None) -> np.ndarray:
     """`picture` as [h, w, 3] uint8."""
     return np.asarray(picture(data, name, least))

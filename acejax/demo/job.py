@@ -128,7 +128,8 @@ def run(config: ml_collections.ConfigDict, workdir: epath.PathLike, setup_second
     """
     workdir = epath.Path(workdir)
     started = time.time()
-    again = (workdir / "report.json").exists()  # trained before; it is edited again
+    done = workdir / "report.json"
+    again = done.exists() and json.loads(done.read_text())["steps"] == config.steps  # trained; it is edited again
     folder, autoencoder, stream, held_out = prepare(config, workdir)
     if not again:
         _spend(workdir, {"setup": setup_seconds, "data": time.time() - started})

@@ -12,6 +12,7 @@ from acejax.data import latents
 from acejax.data.canvas import Canvas, denormalize
 from acejax.data.encoders import EncodePrompts
 from acejax.data.latents import EncodePictures
+from acejax.data.released_layout import Size
 from acejax.edit.annotators import annotator
 from acejax.edit.prepare import Annotate, Prepared, finish, prepare
 from acejax.edit.profile import Profile
@@ -30,11 +31,13 @@ class Checked:
       kind: requests of one kind can be made at once.
       shape: requests of one shape, as many at once, take the same programs.
       prompt: what the model will be told.
+      size: height and width of the result.
     """
 
     kind: Hashable
     shape: Hashable
     prompt: str
+    size: Size
 
 
 class Editor:
@@ -143,7 +146,7 @@ class Editor:
         prepared = prepare(self.profile, request, options, stands_in)
         self._check_prompt(prepared.prompt)
         self._check_size(*prepared.canvas.mask.shape)
-        return Checked(_kind(prepared, options), _shape(prepared), prepared.prompt)
+        return Checked(_kind(prepared, options), _shape(prepared), prepared.prompt, prepared.size)
 
     def generate(self, canvases: Sequence[Canvas], text: tuple[np.ndarray, np.ndarray], seeds: Sequence[int],
                  steps: int, guidance: float | None, *, cache: float | None = None,

@@ -11,6 +11,7 @@ from acejax.data import pictures, written
 from acejax.errors import UserError
 
 _FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+_LONGEST = {"JPEG": 65_500, "WEBP": 16_383}  # pixels a side that a format can hold
 
 
 def read_picture(path: epath.PathLike) -> np.ndarray:
@@ -47,20 +48,23 @@ def hashed_mask(path: epath.PathLike, size: tuple[int, int]) -> tuple[np.ndarray
     return mask, hashlib.sha256(data).hexdigest()
 
 
-def write_picture(path: epath.PathLike, picture: np.ndarray, about: dict[str, str] | None = None) -> None:
+def write_picture(path: epath.PathLike, picture: np.ndarray, about: dict[str, str] | None = None,
+                  colors: bytes | None = None) -> None:
     """Write [h, w, 3] uint8 in the format that the suffix names, beside and renamed.
 
     Args:
       about: texts by key, which a PNG keeps as iTXt chunks; other formats drop them.
+      colors: the ICC profile that tells what the numbers look like; none: sRGB.
 
     Raises:
-      UserError: as `picture_format`.
+      UserError: as `picture_format` and `check_size`.
     """
     path, buffer, texts = epath.Path(path), io.BytesIO(), PngImagePlugin.PngInfo()
     for key, text in (about or {}).items():
         texts.add_itxt(key, text)
     kind = picture_format(path)
-    Image.fromarray(picture).save(buffer, kind, **({"pnginfo": texts} if kind == "PNG" else {}))
+    check_size(path, picture.shape[:2])
+    Image.fromarray(picture).save(buffer, kind, icc_profile=colors, **({"pnginfo": texts} if kind == "PNG" else {}))
     written.write(path, buffer.getvalue())
 
 
@@ -75,6 +79,23 @@ def read_text(path: epath.PathLike, key: str) -> str | None:
             return PngImagePlugin.PngImageFile(file).info.get(key)
         except (OSError, ValueError, SyntaxError):
             return None
+
+
+def colors(path: epath.PathLike | None) -> bytes | None:
+    """A picture file's ICC profile for RGB; None where it has none, or there is no such file."""
+    if path is None:
+        return None
+    with pictures.opened(path) as file:
+        profile = pictures.profile(file, str(path))
+    return profile if profile and profile[16:20] == b"RGB " else None
+
+
+def check_size(path: epath.PathLike, size: tuple[int, int]) -> None:
+    """Raises UserError where a result (height, width) is larger than the format of its file can hold."""
+    kind = _FORMATS.get(epath.Path(path).suffix.lower())
+    if max(size) > _LONGEST.get(kind, max(size)):
+        raise UserError(f"{path}: the result is {size[1]} x {size[0]} pixels (width x height), and {kind} holds at "
+                        f"most {_LONGEST[kind]:,} a side; expected a .png")
 
 
 def picture_format(path: epath.PathLike, made: bool = False) -> str:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -46,7 +47,7 @@ class Entry:
         for name in ("mask", "control"):
             if getattr(self, name) and not self.image:
                 raise UserError(f"--{name} without --image" if not self.line else f"{name} without image")
-        if inputs := [path for _, path in self.inputs if epath.Path(path).resolve() == epath.Path(self.out).resolve()]:
+        if inputs := [path for _, path in self.inputs if place(path) == place(self.out)]:
             raise UserError(f"{inputs[0]} is a picture to read; expected another file to write")
         _pixels(self.size)
         files.picture_format(self.out, made=bool(self.line))
@@ -78,6 +79,11 @@ class Entry:
         one = {name: found[0] if found else None for name, found in arrays.items()}
         return Request(self.prompt, self.task, references=references, size=_pixels(self.size), scale=self.scale,
                        seed=self.seed, **one), tuple(hashes)
+
+
+def place(path: str) -> str:
+    """Where a path leads in the end, to tell whether two are one file."""
+    return path if "://" in path else os.path.realpath(path)
 
 
 def seeded(entry: Entry, seeds: Sequence[int]) -> list[Entry]:
@@ -124,9 +130,9 @@ def read(path: epath.PathLike, out: epath.PathLike, defaults: Mapping[str, Any],
             entries += found
         except UserError as error:
             faults.append(f"{line}: {error}")
-    read = {str(epath.Path(name).resolve()): entry.line for entry in entries for _, name in entry.inputs}
+    read = {place(name): entry.line for entry in entries for _, name in entry.inputs}
     for entry in entries:
-        if (other := read.get(str(epath.Path(entry.out).resolve()))) is not None:
+        if (other := read.get(place(entry.out))) is not None:
             faults.append(f"{entry.line}: out is {entry.out}, a picture that {other} reads")
     if faults:
         raise UserError(faults[0] + (f" ({len(faults)} lines have faults)" if len(faults) > 1 else ""))

@@ -12,6 +12,10 @@ def grown(mask: np.ndarray, pixels: int) -> np.ndarray:
     """A mask [h, w] uint8, grey or not, that reaches so many pixels further to all sides and into all corners."""
     for axis in (0, 1):
         reach = min(pixels, mask.shape[axis])
-        wide = np.pad(mask, [(reach, reach) if side == axis else (0, 0) for side in (0, 1)])
-        mask = np.lib.stride_tricks.sliding_window_view(wide, 2 * reach + 1, axis).max(-1)
+        wide = np.moveaxis(np.pad(mask, [(reach, reach) if side == axis else (0, 0) for side in (0, 1)]), axis, 0)
+        seen = 1  # pixels that each one is the greatest of
+        while seen < 2 * reach + 1:
+            step = min(seen, 2 * reach + 1 - seen)
+            wide, seen = np.maximum(wide[:-step], wide[step:]), seen + step
+        mask = np.moveaxis(wide, 0, axis)
     return mask

@@ -149,7 +149,7 @@ class Models:
           UserError: a file that `acejax.load_lora` can't read, or for another model.
         """
         self._loras = {path: self._loras[path] if path in self._loras else jax.device_get(load_lora(
-            _local(path), self.config)) for path, _ in files}
+            hub.local(path), self.config)) for path, _ in files}
         return adapt.combine([(self._loras[path], strength) for path, strength in files]) if files else None
 
     def checksums(self, hashes: Hashes) -> list[tuple[str, str]]:
@@ -197,13 +197,9 @@ class Models:
         return Sampler(self.config, params, quant=quant, execution=execution, mesh=self._mesh, offload=how.offload)
 
 
-def _local(source: str) -> pathlib.Path:
-    return hub.fetch(source) if hub.looks_like_id(source) else pathlib.Path(source).expanduser()
-
-
 def _open(source: str) -> Model | str:
     """A transformer's headers, or the path itself of an Orbax folder or a workdir."""
-    path = _local(source)
+    path = hub.local(source)
     if (path / "model.json").exists() or (path / "checkpoints").exists():
         return str(path)
     if path.suffix in PICKLES:

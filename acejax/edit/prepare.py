@@ -67,6 +67,8 @@ def prepare(profile: Profile, request: Request, options: Options, annotate: Anno
     if not 0 <= scale <= 1:
         raise UserError(f"scale is {scale}; expected 0 to 1")
     _check_pictures(request)
+    if request.control is not None and task.size != "image":
+        raise UserError(f"task {name} takes no control: its result is larger than the picture")
     if request.mask is not None:  # the released code has a threshold of its own
         mask = masks.grown(request.mask, options.grow)
         request = dataclasses.replace(request, mask=mask if parity else masks.binary(mask))
@@ -74,9 +76,11 @@ def prepare(profile: Profile, request: Request, options: Options, annotate: Anno
     if options.crop == "mask" and image is not None and (mask is None or parity):
         raise UserError(f"crop is 'mask', and {'parity works on the whole picture' if parity else 'there is no mask'}")
     notes = tuple(_notes(profile, image if mask is None else None, request.references))
+    if request.control is not None and scale == 1:
+        notes += (f"the control is not seen: task {name} with scale 1 hides all that is under the mask",)
     if image is None:
         shown = [_whole(profile, reference) for reference in request.references]
-        canvas = _seamed(editing(profile.canvas, None, None, shown, size, scale))
+        canvas = _seamed(editing(profile.canvas, None, None, shown, _near(profile.side, size), scale))
         notes += _enlarged(profile, size, (canvas.mask.shape[0], canvas.widths[-1]))
         return Prepared(request, name, prompt, canvas, None, None, None, size, notes)
     if parity:
@@ -176,9 +180,7 @@ def _framed(profile: Profile, name: str, task: tasks.Task, request: Request
     if size is not None and (min(size) < SHORTEST or max(size) > ASPECT * min(size)) and image is None:
         raise UserError(f"size is {size[1]} x {size[0]} (width x height); expected at least {SHORTEST} a side and at "
                         f"most {ASPECT}:1")
-    if size is not None and size[0] * size[1] > MOST_PIXELS:
-        raise UserError(f"size is {size[1]} x {size[0]} (width x height); expected at most {MOST_PIXELS / 1e6:.0f} "
-                        "megapixels")
+    _check_pixels(size or (1, 1))
     if image is None:
         side = profile.side or 1024
         return None, None, size or (side, side)
@@ -189,11 +191,12 @@ def _framed(profile: Profile, name: str, task: tasks.Task, request: Request
                             f"{name} gives the picture's own size")
         return image, mask, (height, width)
     budget = profile.canvas.max_tokens * TOKEN**2
-    most = 1.5 if task.size == "around" else min(2.0, math.sqrt(budget / (height * width)))  # times larger, unasked
-    wanted = size or (int(height * most), int(width * most))
-    if size is None and most < LEAST:
+    most = min(2.0, math.sqrt(budget / (height * width)))  # times larger, unasked
+    wanted = size or (around((height, width)) if task.size == "around" else (int(height * most), int(width * most)))
+    if size is None and most < LEAST and task.size == "enlarged":
         raise UserError(f"the picture is {width} x {height} pixels (width x height); the {profile.name} see at most "
                         f"{budget / 1e6:.2f} megapixels at once, so that task {name} can't make it larger")
+    _check_pixels(wanted)
     if wanted[0] < height or wanted[1] < width or wanted == (height, width):
         raise UserError(f"size is {wanted[1]} x {wanted[0]} (width x height); task {name} expects a larger one than "
                         f"the picture's, {width} x {height}")
@@ -204,9 +207,29 @@ def _framed(profile: Profile, name: str, task: tasks.Task, request: Request
         return resize.antialiased(image, wanted), None, wanted
     top, left = (wanted[0] - height) // 2, (wanted[1] - width) // 2
     frame = crop.cut(image, Crop(-top, -left, *wanted), wanted)
-    around = np.full(wanted, 255, np.uint8)
-    around[top:top + height, left:left + width] = 0
-    return frame, around, wanted
+    mask = np.full(wanted, 255, np.uint8)
+    mask[top:top + height, left:left + width] = 0
+    return frame, mask, wanted
+
+
+def around(size: Size) -> Size:
+    """The size to which a picture is continued on all sides where none is asked for."""
+    return int(size[0] * 1.5), int(size[1] * 1.5)
+
+
+def _check_pixels(size: Size) -> None:
+    if math.prod(size) > MOST_PIXELS:
+        raise UserError(f"size is {size[1]} x {size[0]} (width x height); expected at most {MOST_PIXELS / 1e6:.0f} "
+                        "megapixels")
+
+
+def _near(side: int | None, size: Size) -> Size:
+    """The size at which small weights make a picture without another: of its shape, with as many pixels as they know.
+    """
+    if not side:
+        return size
+    share = side / math.sqrt(math.prod(size)) / TOKEN
+    return max(1, round(size[0] * share)) * TOKEN, max(1, round(size[1] * share)) * TOKEN
 
 
 def _window(profile: Profile, task: tasks.Task, image: np.ndarray, mask: np.ndarray | None, request: Request,

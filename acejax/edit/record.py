@@ -143,7 +143,8 @@ def read(path: epath.PathLike) -> Record:
             raise UserError("of another version of acejax")
         found["files"] = tuple(_typed(File, file) for file in found["files"])
         record = _typed(Record, found)
-        printed = [record.acejax, record.jax, record.platform, *(file.path for file in record.files)]
+        printed = [record.acejax, record.jax, record.platform, *(file.path for file in record.files),
+                   *(value for value in record.opened.values() if isinstance(value, str))]
         if odd := [text for text in printed if any(unicodedata.category(letter) in CONTROLS for letter in text)]:
             raise UserError(f"found {ascii(odd[0])}")
         return record

@@ -6,6 +6,7 @@ It speaks to no other machine: no analytics, no fonts or scripts from elsewhere,
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import html
 import os
 import pathlib
@@ -75,6 +76,8 @@ def serving(site: Site, host: str = "127.0.0.1", port: int = 7860) -> Iterator[s
     """
     with tempfile.TemporaryDirectory(prefix="acejax-serve-") as folder:
         os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": folder, "HF_HUB_DISABLE_TELEMETRY": "1"}
+        past = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")  # Gradio looks at its own page before it begins
+        os.environ["no_proxy"] = ",".join(filter(None, (past, host, "localhost", "127.0.0.1")))
         from gradio import themes
         from starlette.middleware import Middleware
 
@@ -114,7 +117,7 @@ def build(site: Site, folder: str) -> Any:
 
     @told
     def show(path: str | None):
-        return "" if path is None else painted(web_form.preview(path, SIDE, limits))
+        return "" if path is None else painted(web_form.preview(path, SIDE, limits)), None  # nor another one's mask
 
     @told
     def edit(chosen, prompt, picture, canvas, mask, references, seed, steps, guidance, scale, width, height,
@@ -175,7 +178,7 @@ def build(site: Site, folder: str) -> Any:
                         height = gr.Number(None, label="Height", precision=0, placeholder="the picture's")
         chosen.change(tell, chosen, [takes, image_part, mask_part, reference_part], queue=False,
                       show_progress="hidden", api_visibility="private")
-        gr.on([picture.upload, picture.clear], show, picture, canvas, api_visibility="private")
+        gr.on([picture.upload, picture.clear], show, picture, [canvas, mask], api_visibility="private")
         other.click(lambda: random.randint(0, MOST_SEED), None, seed, queue=False, api_visibility="private")
         gr.on([run.click, prompt.submit], edit,
               [chosen, prompt, picture, canvas, mask, references, seed, steps, guidance, scale, width, height,
@@ -183,8 +186,8 @@ def build(site: Site, folder: str) -> Any:
               [result, save, save_mask, facts], concurrency_limit=1, show_progress_on=result, trigger_mode="once",
               api_name="edit")
         for button, example in zip(buttons, site.examples, strict=True):
-            button.click(_filled(example, folder), None, [chosen, prompt, picture, canvas, references],
-                         api_visibility="private")
+            button.click(_filled(example, folder), None, [chosen, prompt, picture, canvas, references, mask, scale,
+                                                          grow, width, height], api_visibility="private")
     return page.queue(max_size=limits.waiting)
 
 
@@ -198,11 +201,13 @@ def _edit(site: Site, form: Form, folder: str, say: Callable[[str, float], None]
     name = f"acejax-{result.task}-{asked.request.seed}"
     used, mask = [*asked.files, *site.used], None
     if asked.painted:
-        mask = str(place / f"{name}-mask.png")
+        digest = hashlib.sha256(asked.request.mask.tobytes()).hexdigest()  # each mask keeps its name where it is saved
+        mask = str(place / f"acejax-mask-{digest[:8]}.png")
         Image.fromarray(asked.request.mask).save(mask)
         used.append(File("mask", f"./{pathlib.Path(mask).name}", files.hashed_mask(mask, result.picture.shape[:2])[1]))
     about = record.make(site.editor.profile, asked.request, asked.options, result, (0, 1), site.opened, used)
-    files.write_picture(place / f"{name}.png", result.picture, {record.KEY: about.text()})
+    files.write_picture(place / f"{name}.png", result.picture, {record.KEY: about.text()},
+                        files.colors(form.picture))
     return str(place / f"{name}.png"), mask, web_form.about(result, asked, time.time() - start)
 
 
@@ -237,7 +242,7 @@ def _filled(example: Example, folder: str) -> Callable[[], tuple]:
             shown = painted(resize.antialiased(example.image, small),
                             None if example.mask is None else resize.mask(example.mask, small))
         references = [kept(f"reference{at}.png", one) for at, one in enumerate(example.references, 1)]
-        return example.task, example.prompt, image, shown, references or None
+        return example.task, example.prompt, image, shown, references or None, *[None] * 5
     return fill
 
 

@@ -8,6 +8,7 @@ import re
 import numpy as np
 
 from acejax.data import pictures, resize
+from acejax.edit.prepare import around
 from acejax.edit.profile import Profile
 from acejax.edit.record import File
 from acejax.edit.request import Options, Request, Result
@@ -79,6 +80,8 @@ def read(profile: Profile, form: Form, limits: Limits) -> Asked:
         return decode(data, name)
 
     image = opened("image", form.picture) if form.picture and task.image != NONE else None
+    if image is not None and task.size == "around" and form.width is None:
+        check_pixels(around(image.shape[:2]), "the result", limits)
     mask = None
     if task.mask != NONE and form.mask:
         mask = opened("mask", form.mask, pictures.decode_mask)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -93,7 +92,7 @@ def _open(source: str, config: MMDiTConfig) -> Model:
 
 
 def _source(source: str) -> Source:
-    path = hub.fetch(source) if hub.looks_like_id(source) else pathlib.Path(source).expanduser()
+    path = hub.local(source)
     return pickles.open_pickle(path) if path.suffix in PICKLES else open_source(
         identify.pipeline(path).get(identify.KINDS[MMDiTConfig][1], path))
 

@@ -48,5 +48,10 @@ def fetch(text: str) -> pathlib.Path:
         raise UserError(f"{text}: no such path here, and the hub cannot be reached ({_line(error)})") from None
 
 
+def local(source: str) -> pathlib.Path:
+    """The path of a file or folder here or on the hub; raises as `fetch`."""
+    return fetch(source) if looks_like_id(source) else pathlib.Path(source).expanduser()
+
+
 def _line(error: Exception) -> str:
     return " ".join(str(error).split())[:160]

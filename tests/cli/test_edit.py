@@ -67,6 +67,8 @@ def test_seeds_report_and_repetition(place, capsys, monkeypatch):
     first, second = read_picture("o-3.png"), read_picture("o-4.png")
     assert (first != second).any()
 
+    assert main(["edit", "--from=o-4.png", f"--out={place}/in/../o-4.png"]) == 2
+    assert "is the file that --from compares with" in capsys.readouterr().err
     monkeypatch.chdir("/")  # made again from anywhere, and written
     assert main(["edit", f"--from={place}/o-4.png", f"--out={place}/again.png"]) == 0
     assert "o-4.png: the same pixels" in capsys.readouterr().out
@@ -97,6 +99,24 @@ def test_the_step_cache_is_reported_recorded_and_repeated(place, capsys, monkeyp
     assert "edit: step 3 of 3, 0 of 1 edits done\n" in out and "1 of 3 steps without the blocks, " in out
     assert record.read("o.png").step_cache == 1e9
     assert main(["edit", "--from=o.png"]) == 0
+
+
+def test_a_crafted_record_is_told(place, capsys):
+    assert main([*EDIT, *INPUTS, "--out=o.png"]) == 0
+    about = json.loads(Image.open("o.png").text["acejax"])
+    for field, value, said in (("base", True, "base is True"), ("demo", "x", "demo is 'x'"),
+                               ("tile", "a\x1b[2Jb", "x1b")):
+        crafted = about | {"opened": about["opened"] | {field: value}}
+        files.write_picture("crafted.png", read_picture("o.png"), {"acejax": json.dumps(crafted)})
+        assert main(["edit", "--from=crafted.png"]) == 2
+        error = capsys.readouterr().err
+        assert "its record can't be read" in error and said in error and "\x1b" not in error
+
+
+def test_home_is_found_behind_an_equals_sign(place, monkeypatch):
+    monkeypatch.setenv("HOME", str(place))
+    assert main([*EDIT, "--image=~/in/a.png", "--mask=~/in/m.png", "--out=~/o.png"]) == 0
+    assert (place / "o.png").exists() and not (place / "~").exists()
 
 
 def test_other_weights_are_named(place, capsys):
@@ -200,6 +220,7 @@ def flux(place, monkeypatch):
     (["--image=in/a.png", "--prompt=x", "--task=repainting"], "it needs a mask"), (INPUTS, "the prompt is empty"),
     ([*INPUTS, "--prompt=x", "--guidance=101"], "guidance is 101.0; expected 0 to 100"),
     ([*INPUTS, "--prompt=x", "--parity=other"], "parity is 'other'"),
+    ([*INPUTS, "--prompt=x", "--contour=no.pt"], "--contour=no.pt: no such file or folder"),
     ([*INPUTS, "--prompt=x", "--tile=3"], "--tile=3: expected 4 cells of 8 pixels or more"),
     ([*INPUTS, "--prompt=x", "--measure_cache"], "measure_cache without step_cache")])
 def test_a_bad_request_costs_no_reading_of_weights(place, flux, capsys, monkeypatch, flags, message):
@@ -253,6 +274,8 @@ MISTAKES = [
     ([*INPUTS, "--out=o.png", "--seed=-1"], "seed is -1; expected 0 to"),
     ([*INPUTS, "--out=o.png", "--parity=reference"], "nothing was released"),
     ([*INPUTS, "--out=in/a.png"], "in/a.png is a picture to read"),
+    (["--image=in/link.png", "--out=in/a.png"], "in/link.png is a picture to read"),
+    (["--image=in/long.png", "--prompt=remove it", "--out=o.webp"], "WEBP holds at most 16,383 a side"),
     (["--image=in/a.png", "--out=o.png", "--task=insert"], "task insert (paint a symbol inside the mask"),
     (["--from=in/a.png", "--steps=3"], "--prompt can't be given with it"),
     (["--from=in/a.png"], "in/a.png: no record of an edit in it"),
@@ -264,6 +287,8 @@ def test_mistakes_are_told_before_any_work(place, capsys, flags, message):
     lines = [{"image": "in/a.png", "mask": "in/m.png"}, {"image": "in/a.png", "mask": "in/m.png", "prompt":
              "a red zebra"}, {"image": "in/no.png"}, {"image": "in/a.png", "task": "insert"}]
     (place / "e.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (place / "in/link.png").symlink_to(place / "in/a.png")
+    Image.new("RGB", (16_384, 8)).save(place / "in/long.png")
     save_file({LORA + "A.weight": np.zeros((4, 8)), LORA + "B.weight": np.zeros((8, 4))}, place / "l.safetensors")
     before = listed(place)
     line = EDIT if message.startswith("--prompt") or not flags[0].startswith("--from") else ["edit"]

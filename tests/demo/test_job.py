@@ -59,6 +59,19 @@ def test_the_same_command_again_does_not_train_again(done, capsys):
     assert {**again["seconds"], "evaluate": 0} == {**report["seconds"], "evaluate": 0}
 
 
+def test_more_steps_go_on_from_where_it_ended(done, tmp_path, capsys):
+    before = json.loads((done[0] / "report.json").read_text())
+    workdir = shutil.copytree(done[0], tmp_path / "longer")
+    assert main(["demo", f"--workdir={workdir}", *SMALL.replace("steps=30", "steps=40").split()]) == 1
+    assert f"resuming {workdir} at step 30" in capsys.readouterr().out
+    after = json.loads((workdir / "report.json").read_text())
+    steps = [json.loads(line)["step"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [*range(5, 41, 5)] and after["steps"] == read_note(workdir / "weights")["steps"] == 40
+    assert all(after["seconds"][part] > before["seconds"][part] for part in ("data", "compile", "train"))
+    assert main(["demo", f"--workdir={workdir}", *SMALL.split()]) == 2
+    assert "holds a run with config.steps = 40, this one has 30" in capsys.readouterr().err
+
+
 def test_thresholds_can_be_missed_and_met(done):
     tasks = json.loads((done[0] / "report.json").read_text())["tasks"]
     good = {task: row | {"color_accuracy": 1.0, "shape_accuracy": 1.0, "shuffled_color_accuracy": 0.1,

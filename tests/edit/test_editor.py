@@ -1,5 +1,7 @@
 """The editor around a model that answers at once: results come back at the picture's size and place."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -130,6 +132,27 @@ def test_a_picture_beyond_the_budget_is_worked_on_around_its_mask():
 def test_a_result_without_a_picture_has_the_size_that_was_asked_for():
     assert White()(None, "x", size=(100, 90)).shape == (100, 90, 3)
     assert White()(None, "x").shape == (1024, 1024, 3)
+
+
+def test_a_control_that_is_hidden_is_told():
+    image = picture(64, 64)
+    request = Request("x", "repainting", image, np.full((64, 64), 255, np.uint8), control=255 - image)
+    (result,) = White().edit([request])
+    assert "the control is not seen" in result.notes[0]
+    assert not White().edit([dataclasses.replace(request, scale=0.5)])[0].notes
+
+
+def test_no_picture_is_continued_beyond_what_can_be_read(monkeypatch):
+    monkeypatch.setattr("acejax.edit.prepare.MOST_PIXELS", 9000)
+    with pytest.raises(UserError, match="size is 96 x 96 .* at most 0 megapixels"):
+        White().check(Request("x", "outpaint", picture(64, 64)))
+
+
+def test_small_weights_make_what_they_know_and_enlarge_it():
+    editor = White(SMALLEST)
+    (result,) = editor.edit([Request("a red heart on grass", size=(300, 600))])
+    assert result.picture.shape == (300, 600, 3)
+    assert editor.canvases[0].mask.shape == (48, 96), "as many pixels as 64 x 64 in the shape of the result"
 
 
 @pytest.mark.parametrize("parity", [None, "reference"])
@@ -277,6 +300,7 @@ def test_parity_hands_out_what_the_released_code_does():
     (dict(task="super_resolution", image=1, size=(2000, 2000)), "at most 1.05 megapixels at once"),
     (dict(task="super_resolution", image=2), "can't make it larger"),
     (dict(task="outpaint", image=1, size=(20, 20)), "expects a larger one than the picture's, 64 x 64"),
+    (dict(task="outpaint", image=1, control=1), "task outpaint takes no control"),
 ])
 def test_mistakes(request_, message):
     side = 1000 if request_.get("image") == 2 else 64

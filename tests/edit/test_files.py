@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 
 from acejax import UserError
-from acejax.edit.files import read_mask, read_picture, write_picture
+from acejax.edit.files import colors, read_mask, read_picture, write_picture
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "1", "CMYK", "I;16", "LA"])
@@ -52,3 +52,21 @@ def test_what_is_written_is_read(tmp_path):
     write_picture(tmp_path / "a.png", picture)
     np.testing.assert_array_equal(read_picture(tmp_path / "a.png"), picture)
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_colour_profiles_are_kept(tmp_path):
+    profile, picture = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes(), np.zeros((9, 7, 3), np.uint8)
+    assert colors(None) is None
+    for suffix in ("png", "jpg", "webp"):
+        write_picture(tmp_path / f"a.{suffix}", picture, colors=profile)
+        assert colors(tmp_path / f"a.{suffix}") == profile
+        Image.fromarray(picture[..., 0]).save(tmp_path / f"grey.{suffix}", icc_profile=b"x" * 16 + b"GRAY" + b"x" * 200)
+        assert colors(tmp_path / f"grey.{suffix}") is None, "for other numbers than are written"
+
+
+def test_what_a_format_cannot_hold_is_told(tmp_path):
+    with pytest.raises(UserError, match=r"a.webp: the result is 16384 x 1 pixels .* WEBP holds at most 16,383 a side"):
+        write_picture(tmp_path / "a.webp", np.zeros((1, 16_384, 3), np.uint8))
+    write_picture(tmp_path / "b.webp", np.zeros((1, 16_383, 3), np.uint8))
+    write_picture(tmp_path / "b.jpg", np.zeros((1, 65_500, 3), np.uint8))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["b.jpg", "b.webp"]

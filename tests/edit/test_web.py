@@ -111,7 +111,7 @@ def test_the_page_edits_records_and_refuses(photo, tmp_path):
         about = record.read(made)
         assert (about.task, about.seed, about.steps, about.grow) == ("insert", 7, 8, 3)
         assert {file.field: file.path for file in about.files} == {"image": "./photo.png",
-                                                                   "mask": "./acejax-insert-7-mask.png"}
+                                                                   "mask": f"./{pathlib.Path(mask['value']).name}"}
         assert "seed 7" in text and mask["visible"]
         with pytest.raises(Exception, match="unknown &lt;word&gt;"):  # the page shows messages as HTML
             edit("unknown <word>", "")

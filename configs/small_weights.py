@@ -1,4 +1,10 @@
-"""The small weights that acejax ships: the demo at 96 pixels, with a finer autoencoder and removal, trained longer."""
+"""The small weights that acejax ships: the demo at 96 pixels, with a finer autoencoder and removal, trained longer.
+
+They were made by two commands in one workdir, the second taking the run on from its end at 26,000 steps:
+
+    acejax demo --config=configs/small_weights.py --workdir=runs/small_weights
+    acejax demo --config=configs/small_weights.py --workdir=runs/small_weights --config.steps=40000
+"""
 
 import runpy
 from pathlib import Path
@@ -11,15 +17,18 @@ ZERO_REF = {"text": 0.5, "insert": 1.3, "recolor": 1.0, "instruct": 1.4, "remove
 def get_config() -> ConfigDict:
     """`configs/demo.py` with what differs."""
     config = runpy.run_path(str(Path(__file__).parent / "demo.py"))["get_config"]()
-    config.steps = 24_000
+    config.steps = 26_000
     config.stages = ({"share": 0.2, "weights": ZERO_REF},
                      {"share": 0.8, "weights": ZERO_REF | {"reference": 1.8, "two_references": 1.8}})
+    config.model.update({"hidden_size": 160, "mlp_ratio": 2.0, "depth_single_blocks": 2, "axes_dim": (8, 16, 16)})
     config.data.update({"samples": 3000, "tasks": ("text", "insert", "recolor", "instruct", "reference",
                                                    "two_references", "remove"),
-                        "size": 96, "scales": (2.5, 3.25, 4.0), "batch_sizes": ((36, 16), (72, 8), (108, 8))})
+                        "size": 96, "scales": (2.5, 3.25, 4.0), "vary": True,
+                        "batch_sizes": ((36, 16), (72, 8), (108, 8))})
+    config.data.canvas.scales = dict.fromkeys(config.data.tasks, 0.0)  # nothing of the picture is hidden
     config.data.autoencoder.update({"kind": "convolutional", "pictures": 12_000, "width": 80, "encoder": 1,
                                     "decoder": 3, "steps": 4000, "noise": 0.05})
     config.optimizer.update({"learning_rate": 2e-3, "ema": 0.999})
     config.checkpoint.every = 4000
-    config.evaluate.update({"seed": 2_000_000, "thresholds": "small_weights"})
+    config.evaluate.update({"seed": 2_000_000, "steps": 2, "thresholds": "small_weights"})
     return config

@@ -35,12 +35,22 @@ def flux_transformer(model: acejax.MMDiTConfig, params: acejax.model.mmdit.Param
     """diffusers' FluxTransformer2DModel of the same weights; `lora` is a file for its own loader."""
     import torch
     from diffusers import FluxTransformer2DModel
+    from diffusers.models.attention import FeedForward
+    from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock
 
     judge = FluxTransformer2DModel(
         in_channels=model.in_channels, out_channels=model.out_channels, num_layers=model.depth,
         num_single_layers=model.depth_single_blocks, attention_head_dim=model.head_dim,
         num_attention_heads=model.num_heads, joint_attention_dim=model.context_in_dim,
         pooled_projection_dim=model.vec_in_dim, guidance_embeds=model.guidance_embed, axes_dims_rope=model.axes_dim)
+    if model.mlp_ratio != 4:  # FLUX's, which the whole class has no argument for; its parts have
+        width, heads = model.hidden_size, (model.num_heads, model.head_dim)
+        for block in judge.transformer_blocks:
+            block.ff, block.ff_context = (FeedForward(width, width, mult=model.mlp_ratio,
+                                                      activation_fn="gelu-approximate") for _ in range(2))
+        judge.single_transformer_blocks = torch.nn.ModuleList(
+            FluxSingleTransformerBlock(width, *heads, mlp_ratio=model.mlp_ratio)
+            for _ in range(model.depth_single_blocks))
     state = keymaps.to_foreign(model, params, "diffusers")
     judge.load_state_dict({key: torch.from_numpy(tensor) for key, tensor in state.items()}, strict=True)
 

@@ -164,8 +164,15 @@ def read(kind: type, shapes: Shapes) -> Config:
 
 
 def to_json(config: Config) -> dict[str, Any]:
-    """The `config.json` that diffusers or transformers wants beside the tensors."""
+    """The `config.json` that diffusers or transformers wants beside the tensors.
+
+    Raises:
+      UserError: a model that they have no config for.
+    """
     if isinstance(config, MMDiTConfig):
+        if config.mlp_ratio != 4:
+            raise UserError(f"diffusers' FLUX has MLPs 4 times as wide as its stream, this model {config.mlp_ratio:g} "
+                            "times; expected another layout, such as bfl")
         return {"_class_name": "FluxTransformer2DModel", "patch_size": 1, "in_channels": config.in_channels,
                 "out_channels": config.out_channels, "num_layers": config.depth,
                 "num_single_layers": config.depth_single_blocks, "attention_head_dim": config.head_dim,

@@ -140,8 +140,9 @@ def write(place: pathlib.Path, config: Config, entries: Sequence[Entry], content
 
 def _begin_folder(place: pathlib.Path, config: Config, entries: Sequence[Entry]) -> dict[pathlib.Path, list[Entry]]:
     """A folder with all but the tensor files; which of these gets which tensors."""
+    about = json.dumps(geometry.to_json(config), indent=2) + "\n"
     place.mkdir()
-    (place / "config.json").write_text(json.dumps(geometry.to_json(config), indent=2) + "\n")
+    (place / "config.json").write_text(about)
     stem = "diffusion_pytorch_model" if isinstance(config, MMDiTConfig | AutoencoderConfig) else "model"
     shards = _shards(entries)
     names = ([f"{stem}.safetensors"] if len(shards) == 1 else

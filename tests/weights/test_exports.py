@@ -1,5 +1,7 @@
 """What we write is what diffusers and transformers themselves load, with their own loaders, and means the same."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
@@ -34,6 +36,14 @@ def test_diffusers_loads_a_converted_transformer(tmp_path, monkeypatch, shards):
     tokens = cases.inputs(MMDIT)
     config, params = acejax.load_mmdit(tmp_path / "flux.safetensors")
     assert judges.difference(acejax.apply(config, params, tokens), judges.velocity(judge.eval(), tokens)) < 1e-4
+
+
+def test_a_model_that_diffusers_has_no_config_for_is_told(tmp_path):
+    config = dataclasses.replace(MMDIT, mlp_ratio=2.0)
+    save_file(cases.state(config), tmp_path / "flux.safetensors")
+    with pytest.raises(acejax.UserError, match="this model 2 times"):
+        command.main([str(tmp_path / "flux.safetensors"), str(tmp_path / "transformer"), "--to", "diffusers"])
+    assert [path.name for path in tmp_path.iterdir()] == ["flux.safetensors"]
 
 
 @judges.needs_diffusers

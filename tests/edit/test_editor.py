@@ -304,7 +304,7 @@ def test_parity_hands_out_what_the_released_code_does():
 ])
 def test_mistakes(request_, message):
     side = 1000 if request_.get("image") == 2 else 64
-    made = {"image": picture(side, side), "mask": np.full((64, 64), 255, np.uint8)}
+    made = {"image": picture(side, side), "mask": np.full((64, 64), 255, np.uint8), "control": picture(side, side)}
     request_ = {name: made.get(name, value) for name, value in request_.items()}
     editor = White()
     with pytest.raises(UserError, match=message):

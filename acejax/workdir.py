@@ -23,7 +23,6 @@ from acejax.parallel import processes
 
 LOCK = "lock.json"
 REFRESH = 15.0  # seconds between two signs of life in a lease
-LENGTH = "steps"  # of a run, by its field
 PATIENCE = 4  # times REFRESH without one: its run is dead
 STOP = signal.SIGUSR2  # that a run whose lease was taken over sends itself
 
@@ -34,9 +33,8 @@ def agree(workdir: epath.PathLike, config: dict[str, Any], free: tuple[str, ...]
     if not path.exists():
         return
     found, wanted = (_flatten(one) for one in (json.loads(path.read_text()), json.loads(json.dumps(config))))
-    may = tuple(f"{name}." for name in (*free, *([LENGTH] if found.get(LENGTH, 0) < wanted.get(LENGTH, 0) else [])))
     for field in sorted(found.keys() | wanted.keys()):
-        if found.get(field) != wanted.get(field) and not f"{field}.".startswith(may):
+        if found.get(field) != wanted.get(field) and not f"{field}.".startswith(tuple(f"{name}." for name in free)):
             raise UserError(
                 f"workdir {workdir} holds a run with config.{field} = {found.get(field)!r}, this one has "
                 f"{wanted.get(field)!r}; give another --workdir, or the config it was started with")
@@ -45,8 +43,7 @@ def agree(workdir: epath.PathLike, config: dict[str, Any], free: tuple[str, ...]
 def claim(workdir: epath.PathLike, config: dict[str, Any], free: tuple[str, ...] = ()) -> None:
     """Bind a workdir to a config: the first run writes `config.json`, a later one must agree with it.
 
-    The fields `free`, and all below them, say how a run is computed, not what it computes, and may change. `steps` may
-    grow: the run goes on to its new end, at the rate that the schedule then has there.
+    The fields `free`, and all below them, say how a run is computed, not what it computes, and may change.
 
     Raises:
       UserError: the workdir holds a run of another config, naming the first field that differs, or can't be written.

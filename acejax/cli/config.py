@@ -12,7 +12,7 @@ from ml_collections import config_flags
 from acejax.errors import UserError
 
 CPU_DEVICES = 2
-HOME = re.compile(r"(--[\w.]+=)~(?=/|$)")  # which no shell expands there
+HOME = re.compile(r"^(?!--?prompt=)(--?[\w.-]+=)~(?=/|$)")  # which no shell expands there
 QUOTES = "[\"']"
 PARSING = "Error whilst parsing config file:"
 Define = Callable[[flags.FlagValues], None]
@@ -32,7 +32,7 @@ def parse_flags(command: str, argv: Sequence[str], define: Define) -> flags.Flag
     """
     values = flags.FlagValues()
     define(values)
-    argv = [HOME.sub(lambda found: found[1] + os.path.expanduser("~"), arg) for arg in argv]
+    argv = _at_home(argv)
     if any(flag in argv for flag in ("-h", "--help")):
         print(f"usage: acejax {command} [flags]\n{values.get_help()}")
         return None
@@ -65,7 +65,7 @@ def parse_config(command: str, argv: Sequence[str], define: Define,
     Raises:
       UserError: as `parse_flags`; no config, or one that is nowhere.
     """
-    argv = [_find(arg) for arg in argv]
+    argv = [_find(arg) for arg in _at_home(argv)]
     path = default and str(folder() / default)
 
     def define_all(values: flags.FlagValues) -> None:
@@ -102,6 +102,10 @@ def _paths(fields: ml_collections.ConfigDict, before: str = "") -> Iterator[str]
         yield f"{before}{name}"
         if isinstance(value, ml_collections.ConfigDict):
             yield from _paths(value, f"{before}{name}.")
+
+
+def _at_home(argv: Sequence[str]) -> list[str]:
+    return [HOME.sub(lambda found: found[1] + os.path.expanduser("~"), arg) for arg in argv]
 
 
 def _find(arg: str) -> str:

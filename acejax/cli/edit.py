@@ -46,6 +46,7 @@ def main(argv: Sequence[str]) -> int:
     _check_flags(flag)
     options = Options(**{field.name: flag[field.name] for field in dataclasses.fields(Options)})
     entries = _entries(flag)
+    _check_report(flag, entries)
     if flag["warm_up"]:
         opened = open_weights(flag, loras, flag["parity"])
         count = warm_up(entries, check(entries, opened, options), opened, options, flag["batch"])
@@ -75,6 +76,15 @@ def _check_flags(flag: Mapping[str, Any]) -> None:
     if flag["warm_up"] and flag["json"]:
         raise UserError("edit: --json with --warm_up, which makes no edit to tell of")
     written.check_place(flag["json"])
+
+
+def _check_report(flag: Mapping[str, Any], entries: Sequence[Any]) -> None:
+    """Raises UserError where the report would take the place of another file of the edits."""
+    from acejax.edit.manifest import place
+
+    taken = [path for entry in entries for path in (entry.out, *(path for _, path in entry.inputs))]
+    if flag["json"] and place(flag["json"]) in map(place, [*taken, *filter(None, [flag["manifest"]])]):
+        raise UserError(f"--json={flag['json']} is a file of the edits themselves; expected another one")
 
 
 def _entries(flag: Mapping[str, Any]) -> list[Any]:

@@ -9,6 +9,7 @@ from etils import epath
 
 from acejax.cli.edit_run import edit, tell
 from acejax.cli.edit_weights import FLAGS, SWITCHES, Lora, open_weights
+from acejax.data import written
 from acejax.data.progress import Progress
 from acejax.edit import files, manifest, record
 from acejax.errors import UserError
@@ -51,6 +52,9 @@ def again(path: str, out: str | None, moved: Mapping[str, Any], loras: Sequence[
         told.append(str(error))
     if told:
         raise UserError(f"{path} can't be made again: {'; '.join(told)}")
+    if out:
+        written.check_folder(out)
+        files.check_size(out, kept.size[::-1])
     place, count = kept.batch
     with Progress(1, "edit", "edits") as progress:
         result, about = edit([entry] * count, opened, kept.options, tell(progress))[place]

@@ -130,6 +130,9 @@ def run(config: ml_collections.ConfigDict, workdir: epath.PathLike, setup_second
     started = time.time()
     done = workdir / "report.json"
     again = done.exists() and json.loads(done.read_text())["steps"] == config.steps  # trained; it is edited again
+    if done.exists():
+        before = weights.read_note(workdir / "weights")["command"]
+        command = before if again else f"{before}, then {command}"
     folder, autoencoder, stream, held_out = prepare(config, workdir)
     if not again:
         _spend(workdir, {"setup": setup_seconds, "data": time.time() - started})

@@ -131,7 +131,10 @@ def read(path: epath.PathLike, out: epath.PathLike, defaults: Mapping[str, Any],
         except UserError as error:
             faults.append(f"{line}: {error}")
     read = {place(name): entry.line for entry in entries for _, name in entry.inputs}
+    made = {entry.out: entry.line for entry in entries}
     for entry in entries:
+        if folder := next((path for path in map(str, epath.Path(entry.out).parents) if path in made), None):
+            faults.append(f"{entry.line}: out is {entry.out}, below the file {folder} of {made[folder]}")
         if (other := read.get(place(entry.out))) is not None:
             faults.append(f"{entry.line}: out is {entry.out}, a picture that {other} reads")
     if faults:

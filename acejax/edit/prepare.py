@@ -77,11 +77,13 @@ def prepare(profile: Profile, request: Request, options: Options, annotate: Anno
         raise UserError(f"crop is 'mask', and {'parity works on the whole picture' if parity else 'there is no mask'}")
     notes = tuple(_notes(profile, image if mask is None else None, request.references))
     if request.control is not None and scale == 1:
-        notes += (f"the control is not seen: task {name} with scale 1 hides all that is under the mask",)
+        notes += (f"the control is not seen: task {name} with scale 1 hides all that is to change",)
     if image is None:
         shown = [_whole(profile, reference) for reference in request.references]
         canvas = _seamed(editing(profile.canvas, None, None, shown, _near(profile.side, size), scale))
         notes += _enlarged(profile, size, (canvas.mask.shape[0], canvas.widths[-1]))
+        if profile.side and size[0] != size[1]:
+            notes += ("the small weights have learnt squares: in other shapes symbols may be cut off",)
         return Prepared(request, name, prompt, canvas, None, None, None, size, notes)
     if parity:
         seen = _annotated(image, mask, request.control, task.annotator, annotate, profile.canvas.parity)

@@ -77,7 +77,8 @@ def serving(site: Site, host: str = "127.0.0.1", port: int = 7860) -> Iterator[s
     with tempfile.TemporaryDirectory(prefix="acejax-serve-") as folder:
         os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": folder, "HF_HUB_DISABLE_TELEMETRY": "1"}
         past = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")  # Gradio looks at its own page before it begins
-        os.environ["no_proxy"] = ",".join(filter(None, (past, host, "localhost", "127.0.0.1")))
+        if past != "*":
+            os.environ["no_proxy"] = ",".join(filter(None, (past, host, "localhost", "127.0.0.1")))
         from gradio import themes
         from starlette.middleware import Middleware
 
@@ -195,6 +196,7 @@ def _edit(site: Site, form: Form, folder: str, say: Callable[[str, float], None]
     """Make an edit: the file of its result, of its mask where that was painted, and what there is to say."""
     start = time.time()
     asked = web_form.read(site.editor.profile, form, site.limits)
+    colors = files.colors(form.picture) if asked.request.image is not None else None
     with memory.told(lambda: "a smaller picture or fewer references need less"):
         result = site.editor.edit([asked.request], asked.options, say)[0]
     place = pathlib.Path(tempfile.mkdtemp(dir=folder))
@@ -206,8 +208,7 @@ def _edit(site: Site, form: Form, folder: str, say: Callable[[str, float], None]
         Image.fromarray(asked.request.mask).save(mask)
         used.append(File("mask", f"./{pathlib.Path(mask).name}", files.hashed_mask(mask, result.picture.shape[:2])[1]))
     about = record.make(site.editor.profile, asked.request, asked.options, result, (0, 1), site.opened, used)
-    files.write_picture(place / f"{name}.png", result.picture, {record.KEY: about.text()},
-                        files.colors(form.picture))
+    files.write_picture(place / f"{name}.png", result.picture, {record.KEY: about.text()}, colors)
     return str(place / f"{name}.png"), mask, web_form.about(result, asked, time.time() - start)
 
 

@@ -37,6 +37,7 @@ from acejax.workdir import claim
 
 FREE = ("execution", "mesh", "reading", "watch", "checkpoint",  # how, not what
         *(f"validation.{name}" for name in ("every", "grid_every", "grid", "steps", "guidance", "sigmas")),
+        "steps",  # a run goes on beyond its end; less than it has made is refused
         "evaluate.steps", "evaluate.thresholds", "cache.dir", "cache.batch",
         # what encoders give is told by the features' digest, whatever their names:
         "encoders.autoencoder", "encoders.t5", "encoders.clip", "encoders.tokenizers")
@@ -107,6 +108,9 @@ def _train(run: TrainConfig, mesh: Mesh, config: ml_collections.ConfigDict, work
     checkpoints = Checkpoints(workdir, run.checkpoint.keep, run.checkpoint.best)
     if restored := checkpoints.restore(program.state):
         start, state = restored
+        if start > run.steps:
+            raise UserError(f"workdir {workdir} holds step {start} of a run, config.steps is {run.steps}; expected at "
+                            "least as many, or another --workdir")
         processes.say(f"resuming {workdir} at step {start}")
     else:
         if run.init_from:

@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 
 from acejax import AutoencoderConfig, CLIPConfig, T5Config
 from acejax.cli import edit_run
+from acejax.cli.config import _at_home
 from acejax.cli.main import main
 from acejax.data import encoders, progress
 from acejax.data.hashes import Hashes
@@ -116,6 +117,8 @@ def test_a_crafted_record_is_told(place, capsys):
 def test_home_is_found_behind_an_equals_sign(place, monkeypatch):
     monkeypatch.setenv("HOME", str(place))
     assert main([*EDIT, "--image=~/in/a.png", "--mask=~/in/m.png", "--out=~/o.png"]) == 0
+    assert _at_home(["--prompt=~/x", "--config=~/c.py", "--x=a~/b"]) == [
+        "--prompt=~/x", f"--config={place}/c.py", "--x=a~/b"]
     assert (place / "o.png").exists() and not (place / "~").exists()
 
 
@@ -274,6 +277,10 @@ MISTAKES = [
     ([*INPUTS, "--out=o.png", "--seed=-1"], "seed is -1; expected 0 to"),
     ([*INPUTS, "--out=o.png", "--parity=reference"], "nothing was released"),
     ([*INPUTS, "--out=in/a.png"], "in/a.png is a picture to read"),
+    ([*INPUTS, "--out=o.json.png", "--json=in/../o.json.png"], "is a file of the edits themselves"),
+    ([*INPUTS, "--out=o.png", "--json=in/a.png"], "is a file of the edits themselves"),
+    (["--manifest=g.jsonl", "--out=res", "--json=g.jsonl"], "--json=g.jsonl is a file of the edits themselves"),
+    (["--manifest=f.jsonl", "--out=res"], "f.jsonl:2: out is res/x.png/y.png, below the file res/x.png of f.jsonl:1"),
     (["--image=in/link.png", "--out=in/a.png"], "in/link.png is a picture to read"),
     (["--image=in/long.png", "--prompt=remove it", "--out=o.webp"], "WEBP holds at most 16,383 a side"),
     (["--image=in/a.png", "--out=o.png", "--task=insert"], "task insert (paint a symbol inside the mask"),
@@ -287,6 +294,9 @@ def test_mistakes_are_told_before_any_work(place, capsys, flags, message):
     lines = [{"image": "in/a.png", "mask": "in/m.png"}, {"image": "in/a.png", "mask": "in/m.png", "prompt":
              "a red zebra"}, {"image": "in/no.png"}, {"image": "in/a.png", "task": "insert"}]
     (place / "e.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (place / "f.jsonl").write_text('{"prompt": "a red heart on sky", "out": "x.png"}\n'
+                                   '{"prompt": "a red heart on sky", "out": "x.png/y.png"}\n')
+    (place / "g.jsonl").write_text('{"prompt": "a red heart on sky"}\n')
     (place / "in/link.png").symlink_to(place / "in/a.png")
     Image.new("RGB", (16_384, 8)).save(place / "in/long.png")
     save_file({LORA + "A.weight": np.zeros((4, 8)), LORA + "B.weight": np.zeros((8, 4))}, place / "l.safetensors")

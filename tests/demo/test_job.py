@@ -66,10 +66,12 @@ def test_more_steps_go_on_from_where_it_ended(done, tmp_path, capsys):
     assert f"resuming {workdir} at step 30" in capsys.readouterr().out
     after = json.loads((workdir / "report.json").read_text())
     steps = [json.loads(line)["step"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    assert steps == [*range(5, 41, 5)] and after["steps"] == read_note(workdir / "weights")["steps"] == 40
+    note = read_note(workdir / "weights")
+    assert steps == [*range(5, 41, 5)] and after["steps"] == note["steps"] == 40
+    assert note["command"].count("acejax demo") == 2 and note["command"].endswith(SMALL.replace("=30", "=40"))
     assert all(after["seconds"][part] > before["seconds"][part] for part in ("data", "compile", "train"))
     assert main(["demo", f"--workdir={workdir}", *SMALL.split()]) == 2
-    assert "holds a run with config.steps = 40, this one has 30" in capsys.readouterr().err
+    assert "holds step 40 of a run, config.steps is 30" in capsys.readouterr().err
 
 
 def test_thresholds_can_be_missed_and_met(done):

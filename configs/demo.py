@@ -26,9 +26,10 @@ def get_config() -> ConfigDict:
             "size": SIZE,  # of a picture's sides in pixels
             "scales": SCALES,  # of a photo's short side, in sides of a picture
             "vary": False,  # turn the training photos, and change their colours
-            # "linear" is fitted in a second; "convolutional" is trained from it and finer
+            # "linear" is fitted in a second; "convolutional" is trained from it and finer, and its decoder may learn on
+            # for `refine` steps from what the trained transformer makes of `drafts` training samples
             "autoencoder": {"kind": "linear", "pictures": 1500, "width": 96, "encoder": 1, "decoder": 2, "steps": 4000,
-                            "batch": 16, "learning_rate": 1e-3, "noise": 0.1},
+                            "batch": 16, "learning_rate": 1e-3, "noise": 0.1, "refine": 0, "drafts": 3000},
             "canvas": {"split": True, "scale": 1.0, "scales": REPAINTING,
                        "reference_height": (1.0, 1.0), "editing_height": 1.0},
             "batch_sizes": ((16, 16), (32, 8), (48, 8)),  # samples of a batch by number of tokens: 0, 1, 2 references

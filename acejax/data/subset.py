@@ -32,6 +32,10 @@ class Subset:
     def fetch(self, index: int, rng: np.random.Generator) -> Row:
         return self.table.fetch(int(self.indices[index]), rng)
 
+    def origin(self, index: int) -> tuple[str, int]:
+        """As the table's."""
+        return self.table.origin(int(self.indices[index]))
+
 
 def hold_out(table: Table, held: int, seed: int, most: float = MOST) -> tuple[Subset, Subset]:
     """Split a table: what is left for training, and `held` samples of each task of each dataset.

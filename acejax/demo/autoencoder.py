@@ -3,12 +3,14 @@
 The linear one is fitted in closed form: principal components of 8 x 8 patches as encoder, ridge regression from 3 x 3
 latents as decoder. The finer one adds to each side a few residual convolutions at the latents' resolution, trained by
 Adam on the squared error with a little noise on the latents, so that the decoder learns to forgive what a transformer
-leaves. They begin as the linear one's, and stay as easy to model.
+leaves. They begin as the linear one's, and stay as easy to model. Once the transformer is trained, the decoder may
+learn on from what that makes (`refine`), whose errors are no white noise.
 """
 
 import dataclasses
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +42,8 @@ class FitConfig:
       steps, batch: of its training.
       learning_rate: the greatest; it falls to zero along a cosine.
       noise: on the latents in training, in the standard deviations that they have at first.
+      refine: steps of the decoder alone on what the trained transformer makes, half of each batch, from its samples of
+        `drafts` training pictures.
     """
 
     kind: str = "linear"
@@ -51,14 +55,18 @@ class FitConfig:
     batch: int = 16
     learning_rate: float = 1e-3
     noise: float = 0.1
+    refine: int = 0
+    drafts: int = 3000
 
     def __post_init__(self):
         if self.kind not in KINDS:
             raise UserError(f"autoencoder.kind is {self.kind!r}; expected {' or '.join(map(repr, KINDS))}")
-        for field in ("pictures", "width", "steps", "batch", "learning_rate"):
+        for field in ("pictures", "width", "steps", "batch", "learning_rate", "drafts"):
             if not getattr(self, field) > 0:
                 raise UserError(f"autoencoder.{field} is {getattr(self, field)!r}; expected more than 0")
-        for field in ("encoder", "decoder", "noise"):
+        if self.refine and self.kind == "linear":
+            raise UserError(f"autoencoder.refine is {self.refine}; the linear kind has nothing to be trained")
+        for field in ("encoder", "decoder", "noise", "refine"):
             if not getattr(self, field) >= 0:
                 raise UserError(f"autoencoder.{field} is {getattr(self, field)!r}; expected 0 or more")
 
@@ -149,42 +157,83 @@ def _init_tower(key: jax.Array, side: str, features: int, config: FitConfig, out
     return params
 
 
-def _train(config: FitConfig, linear: Autoencoder, pictures: np.ndarray, seed: int) -> Autoencoder:
-    import optax  # editing, which reads this file too, need not wait for it
+def refine(config: FitConfig, params: Autoencoder, pictures: np.ndarray, latents: np.ndarray, wanted: np.ndarray,
+           weights: np.ndarray, seed: int = 0) -> Autoencoder:
+    """The autoencoder with a decoder that has learnt what a transformer leaves; the encoder stays as it is.
 
-    first, second, key = jax.random.split(jax.random.key(seed), 3)
+    Args:
+      config: of its training; `refine` are the steps.
+      params: of the finer kind.
+      pictures: [N, h, w, 3] uint8, which it goes on to be fitted to.
+      latents, wanted, weights: [M, h / 8, w / 8, 16] that the transformer made, the pictures [M, h, w, 3] uint8 that
+        they should decode to, and the weight of each pixel [M, h, w, 1].
+      seed: of order, noise and what `fit` draws.
+    """
+    encoder = {name: jnp.asarray(value) for name, value in params.items() if _encodes(name)}
+    decoder = {name: jnp.asarray(value) for name, value in params.items() if not _encodes(name)}
+
+    def batch(rng: np.random.Generator) -> tuple[np.ndarray, ...]:
+        chosen = rng.integers(len(latents), size=config.batch)
+        return _draw(rng, pictures, config.batch), latents[chosen], _normalize(wanted[chosen]), weights[chosen]
+
+    def loss(decoder, shown, made, wanted, weight, key):
+        ours = weight * (decode_latents(decoder, made) - wanted) ** 2
+        return (_error(config, encoder | decoder, shown, key) + jnp.mean(ours) / jnp.mean(weight)) / 2
+
+    return _bfloat16(encoder | _descend(config, config.refine, decoder, loss, batch, seed, "decoder"))
+
+
+def _train(config: FitConfig, linear: Autoencoder, pictures: np.ndarray, seed: int) -> Autoencoder:
+    first, second, _ = jax.random.split(jax.random.key(seed), 3)
     params = {name: jnp.asarray(value) for name, value in linear.items()}
     params |= _init_tower(first, "encoder", PATCH, config, CHANNELS, config.encoder)
     params |= _init_tower(second, "decoder", CHANNELS, config, PATCH, config.decoder)
-    warmup = min(100, config.steps // 10)
+    params = _descend(config, config.steps, params, functools.partial(_error, config),
+                      lambda rng: (_draw(rng, pictures, config.batch),), seed, "autoencoder")
+    return _bfloat16(_unit(params, pictures[:256]))
+
+
+def _error(config: FitConfig, params: Autoencoder, shown: jax.Array, key: jax.Array) -> jax.Array:
+    latents = encode_pictures(params, shown)  # not over their deviation: a batch's own would blur the contrast
+    latents = latents + config.noise * jax.random.normal(key, latents.shape)
+    return jnp.mean((decode_latents(params, latents) - shown) ** 2)
+
+
+def _descend(config: FitConfig, steps: int, params: Autoencoder, loss: Callable[..., jax.Array],
+             batch: Callable[[np.random.Generator], tuple[np.ndarray, ...]], seed: int, name: str) -> Autoencoder:
+    """`params` after so many steps of Adam on `loss(params, *batch(rng), key)`, over all devices of this process."""
+    import optax  # editing, which reads this file too, need not wait for it
+
+    key = jax.random.split(jax.random.key(seed), 3)[2]
+    warmup = min(100, steps // 10)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(optax.warmup_cosine_decay_schedule(
-        0.0, config.learning_rate, warmup, config.steps), b2=0.99))
-
-    def loss(params, shown, key):
-        latents = encode_pictures(params, shown)  # not over their deviation: a batch's own would blur the contrast
-        latents = latents + config.noise * jax.random.normal(key, latents.shape)
-        return jnp.mean((decode_latents(params, latents) - shown) ** 2)
-
+        0.0, config.learning_rate, warmup, steps), b2=0.99))
     devices = jax.local_devices()[:math.gcd(config.batch, jax.local_device_count())]
     split = NamedSharding(Mesh(np.array(devices), ("data",)), PartitionSpec("data"))
 
     @jax.jit
     def step(params, state, shown, key):
-        value, grads = jax.value_and_grad(loss)(params, shown, key)
+        value, grads = jax.value_and_grad(loss)(params, *shown, key)
         updates, state = optimizer.update(grads, state, params)
         return optax.apply_updates(params, updates), state, value
 
     params = jax.device_put(params, NamedSharding(split.mesh, PartitionSpec()))
-    state, rng, losses, every = optimizer.init(params), np.random.default_rng(seed), [], max(1, config.steps // 8)
-    for number in range(1, config.steps + 1):
-        shown = jax.device_put(_draw(rng, pictures, config.batch), split)
-        params, state, value = step(params, state, shown, jax.random.fold_in(key, number))
+    state, rng, losses, every = optimizer.init(params), np.random.default_rng(seed), [], max(1, steps // 8)
+    for number in range(1, steps + 1):
+        params, state, value = step(params, state, jax.device_put(batch(rng), split), jax.random.fold_in(key, number))
         losses.append(value)
         if number % every == 0:
             error = float(np.mean(losses[-every:]))
-            processes.say(f"autoencoder: step {number} of {config.steps}, {10 * np.log10(4 / error):.2f} dB")
-    params = _unit({name: np.asarray(value) for name, value in params.items()}, pictures[:256])
-    return {name: value.astype(jnp.bfloat16).astype(np.float32) for name, value in params.items()}
+            processes.say(f"{name}: step {number} of {steps}, {10 * np.log10(4 / error):.2f} dB")
+    return {name: np.asarray(value) for name, value in params.items()}
+
+
+def _bfloat16(params: Autoencoder) -> Autoencoder:
+    return {name: np.asarray(value).astype(jnp.bfloat16).astype(np.float32) for name, value in params.items()}
+
+
+def _encodes(name: str) -> bool:
+    return name in ("encode", "mean") or name.startswith("encoder.")
 
 
 def _draw(rng: np.random.Generator, pictures: np.ndarray, batch: int) -> np.ndarray:

@@ -26,9 +26,9 @@ from acejax.data.encoders import Encoders
 from acejax.data.layout import TOKEN, CanvasConfig
 from acejax.data.sample import Sample
 from acejax.data.stream import Stream
-from acejax.data.subset import hold_out
+from acejax.data.subset import Subset, hold_out
 from acejax.demo import evaluate, weights
-from acejax.demo.autoencoder import Autoencoder, FitConfig, decode_latents, encode_pictures, fingerprint, fit
+from acejax.demo.autoencoder import Autoencoder, FitConfig, decode_latents, encode_pictures, fingerprint, fit, refine
 from acejax.demo.grid import save_grid
 from acejax.demo.pictures import SPLITS, TASKS, samples
 from acejax.demo.surroundings import TEXT_TOKENS, TEXT_WIDTH, encode_prompts
@@ -37,6 +37,9 @@ from acejax.model.config import MMDiTConfig
 from acejax.parallel import processes
 from acejax.train import loop
 from acejax.train.config import TrainConfig
+from acejax.train.held import Held
+from acejax.train.program import Program
+from acejax.train.samples import make, sampler, target_unit
 from acejax.train.validate import HeldOut
 from acejax.workdir import claim, claim_data
 
@@ -98,8 +101,7 @@ def prepare(config: ml_collections.ConfigDict, workdir: epath.PathLike
         rows = dataset.read(folder, "train")
         if not (place / weights.AUTOENCODER).exists():
             fitting = fields.read(FitConfig, data, "autoencoder", "data.")
-            picks = np.random.default_rng(config.seed).permutation(len(rows))[:fitting.pictures]
-            targets = np.stack([decoded(rows[index])["target"] for index in picks])
+            targets = _targets(rows, fitting.pictures, config.seed)
             weights.save_autoencoder(place / weights.AUTOENCODER, fit(fitting, targets, config.seed))
     autoencoder = weights.load_autoencoder(place / weights.AUTOENCODER)
     encoders = Encoders(jax.jit(functools.partial(encode_pictures, autoencoder)), encode_prompts,
@@ -139,15 +141,22 @@ def run(config: ml_collections.ConfigDict, workdir: epath.PathLike, setup_second
     state, spent = loop.train(config, workdir, stream, held_out=held_out)
     if not again:
         _spend(workdir, {"compile": spent["compile"]})
+    params = state.params if state.ema is None else state.ema
+    if config.data.autoencoder.refine:
+        started = time.time()
+        if again and weights.read_note(workdir / "weights")["euler_steps"] == config.evaluate.steps:
+            autoencoder = weights.load_autoencoder(workdir / "weights" / weights.AUTOENCODER)
+        else:
+            autoencoder = _refine(config, workdir, params, stream, dataset.read(folder, "train"), autoencoder)
+            _spend(workdir, {"refine": time.time() - started})
     seconds = _spend(workdir, {}) | {"train": spent["train"]}  # which holds earlier starts
     print("editing the test photo ...", flush=True)
     started = time.time()
     note = {"command": command, "seed": config.seed, "steps": config.steps, "euler_steps": config.evaluate.steps,
             "tasks": [task for task in TASKS if task in config.data.tasks], "scales": config.data.scales,
             "repainting": config.data.canvas.scales.to_dict(),
-            "seconds": round(seconds["data"] + seconds["compile"] + seconds["train"], 1),
+            "seconds": round(sum(seconds.get(part, 0.0) for part in ("data", "compile", "train", "refine")), 1),
             "train_seconds": round(seconds["train"], 1)}
-    params = state.params if state.ema is None else state.ema
     weights.save(workdir / "weights", MMDiTConfig(**config.model), params, autoencoder, config.data.size, note)
     editor = weights.load_editor(workdir / "weights")  # what is judged is what is saved
     test, held = ({task: [row for row in rows if row["task"] == task] for task in TASKS if task in config.data.tasks}
@@ -165,6 +174,33 @@ def run(config: ml_collections.ConfigDict, workdir: epath.PathLike, setup_second
               "seed": config.seed, "passed": not short, "missed": short}
     (workdir / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     return report
+
+
+def _refine(config: ml_collections.ConfigDict, workdir: epath.PathLike, params: Any, stream: Stream,
+            rows: Sequence[Sample], autoencoder: Autoencoder) -> Autoencoder:
+    """The autoencoder with a decoder that has seen what the transformer makes of training pictures to be edited.
+
+    Where there is none, what it draws is not what the sample shows. A pixel weighs as in the transformer's loss.
+    """
+    (run, mesh), table = check(config, workdir), stream.table
+    fitting = fields.read(FitConfig, config.data, "autoencoder", "data.")
+    processes.say("training the decoder on what the transformer makes ...")
+    edits = np.flatnonzero([table.tasks[task] != "text" for task in table.task])
+    table = Subset(table, np.random.default_rng(config.seed).permutation(edits)[:fitting.drafts])
+    held = Held(table, mesh, dict(config.data.batch_sizes), config.seed)
+    setting = Program.of(run, mesh, stream.references, len(stream.tasks)).setting
+    made = make(sampler(setting, mesh), params, held, held.batches(range(len(table))), config.evaluate.steps)
+    latents = np.stack([target_unit(held.row(place), made[place]) for place in range(len(table))])
+    shown = [decoded(rows[table.origin(place)[1]]) for place in range(len(table))]
+    inside = np.stack([np.ones(row["target"].shape[:2]) if row["mask"] is None else row["mask"] > 127 for row in shown])
+    weight = (1 + (config.loss.mask_weight - 1) * inside)[..., None].astype(np.float32)
+    return refine(fitting, autoencoder, _targets(rows, fitting.pictures, config.seed), latents,
+                  np.stack([row["target"] for row in shown]), weight, config.seed)
+
+
+def _targets(rows: Sequence[Sample], most: int, seed: int) -> np.ndarray:
+    picks = np.random.default_rng(seed).permutation(len(rows))[:most]
+    return np.stack([decoded(rows[index])["target"] for index in picks])
 
 
 def table(report: dict[str, Any]) -> str:

@@ -132,7 +132,7 @@ def samples(count: int, task: str, seed: int, split: str = "train", size: int = 
 
     Splits: "train" and "validation" (training photos, no held-out pair), "test" (the test photo, trained pairs),
     "held" (the test photo, held-out pairs only). `vary` turns the training photos and, where no prompt names them,
-    changes their colours, so that eight photos stand for more.
+    changes their colours, and lays an ellipse of another one into some, so that eight photos stand for more.
     """
     rng = np.random.default_rng([seed, TASKS.index(task), SPLITS.index(split)])
     pairs = [pair for pair in itertools.product(SHAPES, COLORS) if (pair in HELD_PAIRS) == (split == "held")]
@@ -155,12 +155,19 @@ def _sample(rng: np.random.Generator, task: str, split: str, pairs: list[tuple[s
     def some(*between):
         return thing(box(int(pick(box_sides(size))), *between))
 
-    def crop(place):
+    def window(place):
         picture = pick(photo(place, size, scales))
         top, left = (rng.integers(side - size + 1) for side in picture.shape[:2])
-        window = picture[top:top + size, left:left + size]
-        window = window[:, ::-1].copy() if rng.integers(2) else window.copy()
-        return _varied(rng, window, named=task == "text") if vary else window
+        cut = picture[top:top + size, left:left + size]
+        cut = cut[:, ::-1].copy() if rng.integers(2) else cut.copy()
+        return _varied(rng, cut, named=task == "text") if vary else cut
+
+    def crop(place):
+        shown = window(place)
+        if not vary or task == "text" or rng.integers(4):
+            return shown
+        cover = _ellipse(rng, size)[..., None]
+        return np.rint(shown * (1 - cover) + window(pick(training)) * cover).astype(np.uint8)
 
     def reference(shown):
         sides = [size // 2, size * 5 // (8 * CELL) * CELL]
@@ -216,9 +223,18 @@ def _varied(rng: np.random.Generator, window: np.ndarray, named: bool) -> np.nda
         return window
     shown = window[..., rng.permutation(3)] / 255
     grey = shown.mean(-1, keepdims=True)
-    shown = np.clip(grey + (shown - grey) * rng.uniform(0.3, 1.3), 0, 1)
-    shown = shown ** np.exp(rng.uniform(-0.5, 0.5)) * rng.uniform(0.6, 1.2, 3)
+    shown = np.clip(grey + (shown - grey) * rng.uniform(0.3, 1.6), 0, 1)
+    shown = shown ** np.exp(rng.uniform(-0.5, 0.5)) * rng.uniform(0.6, 1.3, 3)
     return np.rint(255 * np.clip(shown, 0, 1)).astype(np.uint8)
+
+
+def _ellipse(rng: np.random.Generator, size: int) -> np.ndarray:
+    """Coverage [size, size] of an ellipse that lies in a square in part, antialiased."""
+    (top, left), radii, turn = rng.uniform(-0.2, 1.2, 2), rng.uniform(0.3, 1.2, 2), rng.uniform(0, np.pi)
+    y, x = np.meshgrid(*[(np.arange(size) + 0.5) / size] * 2, indexing="ij")
+    along, across = ((y - top) * np.cos(turn) + (x - left) * np.sin(turn),
+                     (x - left) * np.cos(turn) - (y - top) * np.sin(turn))
+    return np.clip((1 - np.hypot(along / radii[0], across / radii[1])) * radii.min() * size + 0.5, 0, 1)
 
 
 def _article(color: str) -> str:

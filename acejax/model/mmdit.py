@@ -26,6 +26,7 @@ from acejax.model.rope import apply_rope, rotations
 
 Params = dict[str, Any]
 TIME_CHANNELS = 256
+FEW = 4  # blocks of a stack that are compiled one by one
 
 
 @jax.tree_util.register_dataclass
@@ -257,13 +258,15 @@ class MMDiT(nn.Module):
 
 
 def _stack(block, config: MMDiTConfig, execution: Execution, length: int):
-    """`length` blocks as one scan: stacked parameters, one compiled body."""
+    """`length` blocks as one scan: stacked parameters, one compiled body; or, of so few that nothing is gained by that,
+    one body each, which spares the loop's copies of all that the backward pass needs."""
+    unroll = length if length <= FEW and execution.remat == "none" else 1  # remat counts on the loop
     if execution.remat != "none":
         policy = {"full": None, "attention": jax.checkpoint_policies.save_only_these_names("attention")}
         block = nn.remat(block, policy=policy[execution.remat], prevent_cse=False)  # False: inside a scan
     in_axes = (0, nn.broadcast, nn.broadcast, nn.broadcast)  # a modulation that is given is each layer's own
     stack = nn.scan(block, length=length, in_axes=in_axes, variable_axes={"params": 0, "lora": 0, "quant": 0},
-                    split_rngs={"params": True})
+                    split_rngs={"params": True}, unroll=unroll)
     return stack(config, execution)
 
 

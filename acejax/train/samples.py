@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ from acejax import flow, lcu
 from acejax.data.stream import Row
 from acejax.model.mmdit import apply
 from acejax.train.grid import Line, draw
-from acejax.train.held import Held
+from acejax.train.held import Held, HeldBatch
 from acejax.train.step import Batch, StepConfig, tokens, whole
 
 Decode = Callable[[np.ndarray], np.ndarray]  # latents [h, w, 16] -> picture [8h, 8w, 3] uint8
@@ -44,8 +44,7 @@ class Samples:
         self._chosen = [int(sample) for number in range(len(held.table.tasks))
                         for sample in np.flatnonzero(task == number)[:count]]
         self._batches = held.batches(self._chosen)
-        self._run = jax.jit(functools.partial(_sample, setting=setting, guidance=guidance),
-                            out_shardings=NamedSharding(mesh, PartitionSpec()))
+        self._run = sampler(setting, mesh, guidance)
         self._given: dict[int, tuple[Row, list[np.ndarray | None]]] = {}  # what is shown beside a sample stays the same
 
     def __call__(self, params: Any) -> tuple[dict[str, float], np.ndarray | None]:
@@ -53,12 +52,7 @@ class Samples:
 
         Process 0 decodes; the others have no values and no grid.
         """
-        made: dict[int, np.ndarray] = {}
-        for batch in self._batches:
-            sigmas = np.stack([np.asarray(flow.schedule(self._steps, int(self._held.table.tokens[sample])))
-                               for sample in batch.samples])
-            latents = self._run(params, self._held.feed(batch, {"sigmas": sigmas}), self._frozen)
-            made |= dict(zip(batch.samples, np.asarray(latents), strict=False))
+        made = make(self._run, params, self._held, self._batches, self._steps, self._frozen)
         if jax.process_index():
             return {}, None
         table, lines, scores = self._held.table, [], {}
@@ -74,6 +68,25 @@ class Samples:
             about = f"{task}   {', '.join(f'{value:.1f} dB {name}' for name, value in scored.items())}"
             lines.append(Line([*shown, picture], about, self._prompt(int(table.indices[sample]))))
         return {name: float(np.mean(values)) for name, values in scores.items()}, draw(lines)
+
+
+def sampler(setting: StepConfig, mesh: Mesh, guidance: float = 1.0) -> Callable[..., jax.Array]:
+    """The compiled function that `make` runs; guidance is an input of models that have it."""
+    return jax.jit(functools.partial(_sample, setting=setting, guidance=guidance),
+                   out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+
+def make(run: Callable[..., jax.Array], params: Any, held: Held, batches: Sequence[HeldBatch], steps: int,
+         frozen: Any = None) -> dict[int, np.ndarray]:
+    """The canvases [bucket, 64] that a model makes of held-out samples, in so many Euler steps from their noise, by
+    their places in the table."""
+    made: dict[int, np.ndarray] = {}
+    for batch in batches:
+        sigmas = np.stack([np.asarray(flow.schedule(steps, int(held.table.tokens[sample])))
+                           for sample in batch.samples])
+        latents = run(params, held.feed(batch, {"sigmas": sigmas}), frozen)
+        made |= dict(zip(batch.samples, np.asarray(latents), strict=False))
+    return made
 
 
 def target_unit(row: Row, values: np.ndarray) -> np.ndarray:

@@ -1,5 +1,7 @@
 """The finer autoencoder learns on from what a transformer leaves."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -7,37 +9,43 @@ from acejax import UserError
 from acejax.demo.autoencoder import FitConfig, decode_latents, encode_pictures, fit, refine
 from acejax.demo.pictures import samples
 
-CONFIG = FitConfig("convolutional", pictures=60, width=16, encoder=1, decoder=1, steps=60, batch=8, refine=60)
+CONFIG = FitConfig("convolutional", pictures=60, width=16, encoder=1, decoder=1, steps=150, batch=8, learning_rate=3e-3,
+                   refine=150)
 
 
-def test_refining_teaches_the_decoder_alone_what_was_made():
+@pytest.fixture(scope="module")
+def fitted():
     pictures = np.stack([sample.target for sample in samples(80, "insert", 0)])
-    fitted = fit(CONFIG, pictures[:60])
+    return fit(CONFIG, pictures[:60]), pictures
+
+
+def test_refining_teaches_the_decoder_alone_what_was_made(fitted):
+    before, pictures = fitted
     shown = pictures.astype(np.float32) / 127.5 - 1
-    latents = np.asarray(encode_pictures(fitted, shown))
-    made = latents + 0.4 * np.sin(3 * latents[..., ::-1])  # what could be told from the latents is amiss in them
-    weight = np.ones((60, 64, 64, 1), np.float32)
-    refined = refine(CONFIG, fitted, pictures[:60], made[:60], pictures[:60], weight)
+    latents = np.asarray(encode_pictures(before, shown))
+    checks = np.where(np.indices((8, 8)).sum(0) % 2, 0.5, -0.5)[..., None]
+    made, weight = (latents + checks).astype(np.float32), np.ones((60, 64, 64, 1), np.float32)
+    after = refine(CONFIG, before, pictures[:60], made[:60], pictures[:60], weight)
 
     def error(params, latents):
         return np.mean((decode_latents(params, latents[60:]) - shown[60:]) ** 2)
 
-    assert error(refined, made) < 0.9 * error(fitted, made), "pictures that it has not seen"
-    assert error(refined, latents) < 1.1 * error(fitted, latents), "and what the encoder gives is not forgotten"
-    same = {name for name in fitted if np.array_equal(refined[name], fitted[name])}
-    assert same == {name for name in fitted if name.startswith("enc") or name == "mean"}
-    again = refine(CONFIG, fitted, pictures[:60], made[:60], pictures[:60], weight)
-    assert all(np.array_equal(refined[name], again[name]) for name in refined), "a seed fixes the result"
+    assert error(after, made) < 0.8 * error(before, made), "pictures that it has not seen"
+    assert error(after, latents) < 1.2 * error(before, latents), "what the encoder gives is not forgotten"
+    same = {name for name in before if np.array_equal(after[name], before[name])}
+    assert same == {name for name in before if name.startswith("enc") or name == "mean"}
 
 
-def test_weights_say_which_pixels_count():
-    pictures = np.stack([sample.target for sample in samples(40, "insert", 1)])
-    fitted, wanted, left = fit(CONFIG, pictures), 255 - pictures, np.zeros((40, 64, 64, 1), np.float32)
-    left[:, :, :32] = 1
-    latents = np.asarray(encode_pictures(fitted, pictures.astype(np.float32) / 127.5 - 1)) + 3  # no picture has these
-    refined = refine(CONFIG, fitted, pictures, latents, wanted, left)
-    error = (np.asarray(decode_latents(refined, latents)) - (wanted.astype(np.float32) / 127.5 - 1)) ** 2
-    assert error[:, :, :24].mean() < 0.5 * error[:, :, 40:].mean()
+def test_refining_goes_by_weight_and_seed(fitted):
+    before, pictures = fitted
+    config = dataclasses.replace(CONFIG, refine=4)
+    latents, weight = np.zeros((80, 8, 8, 16), np.float32), np.zeros((80, 64, 64, 1), np.float32)
+    weight[:, :, :32] = 1
+    elsewhere = np.where(weight, pictures, 255 - pictures).astype(np.uint8)
+    found = [refine(config, before, pictures, latents, wanted, weight, seed)
+             for wanted, seed in ((pictures, 0), (elsewhere, 0), (255 - pictures, 0), (pictures, 1))]
+    equal = [all(np.array_equal(one[name], found[0][name]) for name in before) for one in found]
+    assert equal == [True, True, False, False]
 
 
 def test_the_linear_kind_is_not_refined():

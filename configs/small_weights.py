@@ -16,7 +16,7 @@ ZERO_REF = {"text": 0.5, "insert": 1.2, "recolor": 1.4, "instruct": 1.5, "remove
 def get_config() -> ConfigDict:
     """`configs/demo.py` with what differs."""
     config = runpy.run_path(str(Path(__file__).parent / "demo.py"))["get_config"]()
-    config.steps = 120_000
+    config.steps = 150_000
     config.stages = ({"share": 0.2, "weights": ZERO_REF},
                      {"share": 0.8, "weights": ZERO_REF | {"reference": 1.6, "two_references": 1.6}})
     config.model.update({"hidden_size": 160, "mlp_ratio": 2.0, "depth_single_blocks": 2, "axes_dim": (8, 16, 16)})

@@ -167,7 +167,8 @@ def _define(values: flags.FlagValues) -> None:
                          flag_values=values)
     text("crop", "mask: work on a window around the mask; none: on the whole picture; auto: around the mask with the "
          "small weights, and where the whole is too large.", "auto")
-    text("paste", "feather: pixels outside the mask stay the picture's; off: the model's own.", "feather")
+    text("paste", "feather: pixels outside the mask stay the picture's; changed: inside it too, where the model has "
+         "changed nothing; off: the model's own; auto: changed with the small weights, feather with others.", "auto")
     text("parity", "reference: what ACE++'s released code would give.")
     flags.DEFINE_integer("batch", 4, "Most edits of equal size that are made at once.", 1, 64, flag_values=values)
     text("out", "The file to write; with --manifest a folder. A PNG keeps how it was made, for --from; JPEG and WebP "

@@ -35,12 +35,12 @@ BATCH = 48  # pictures through the autoencoder at once
 Record = Mapping[str, Any]
 
 
-def edit(editor: Editor, records: Sequence[Record], seed: int) -> list[np.ndarray]:
-    """The model's answer to each record of one task; outside the mask the picture is the input's."""
+def edit(editor: Editor, records: Sequence[Record], seed: int, paste: str = "auto") -> list[np.ndarray]:
+    """The edit of each record of one task, put back as users get it; "off": outside the mask alone stands the input."""
     requests = [Request(record["prompt"], record["task"], record["image"], record["mask"], record["references"],
                         size=record["target"].shape[:2] if record["image"] is None else None, seed=seed + index)
                 for index, record in enumerate(records)]
-    results = editor.edit(requests, Options(crop="none", paste="off"))
+    results = editor.edit(requests, Options(crop="none", paste=paste))
     return [_stitch(result.picture, record) for result, record in zip(results, records, strict=True)]
 
 
@@ -72,7 +72,11 @@ def score(pictures: Sequence[np.ndarray], records: Sequence[Record]) -> dict[str
 
 def evaluate(editor: Editor, test: Mapping[str, Sequence[Record]], held: Mapping[str, Sequence[Record]],
              seed: int) -> tuple[dict[str, Any], dict[str, list[np.ndarray]]]:
-    """The scores of every task in `test`, and the edited test pictures."""
+    """The scores of every task in `test`, and the edited test pictures.
+
+    `psnr_box_model` is of what the model itself paints in the boxes; all else is of what users get, where pixels that
+    it has not changed are the input's.
+    """
     report, pictures = {}, {}
     for task, records in test.items():
         pictures[task] = edit(editor, records, seed)
@@ -80,9 +84,10 @@ def evaluate(editor: Editor, test: Mapping[str, Sequence[Record]], held: Mapping
         grey = score([_grey(record) for record in records], records)
         control = score(edit(editor, shuffled(records), seed), records)
         main = MAIN[task]
+        raw = score(edit(editor, records, seed, "off"), records)
         report[task] = score(pictures[task], records) | {
-            "samples": len(records), "psnr_box_copy": copy["psnr_box"], f"copy_{main}": copy[main],
-            f"grey_{main}": grey[main], "psnr_box_grey": grey["psnr_box"],
+            "samples": len(records), "psnr_box_model": raw["psnr_box"], "psnr_box_copy": copy["psnr_box"],
+            f"copy_{main}": copy[main], f"grey_{main}": grey[main], "psnr_box_grey": grey["psnr_box"],
             "held": score(edit(editor, held[task], seed), held[task]) | {"samples": len(held[task])},
             **{f"shuffled_{name}": value for name, value in control.items() if name != "psnr_box"}}
     return report, pictures

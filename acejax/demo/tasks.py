@@ -16,9 +16,9 @@ TASKS: Mapping[str, Task] = {
     "remove": _task("take a symbol away, with a mask or without: 'remove it', 'remove the heart'", NEEDED, OPTIONAL,
                     starts="remove "),
     "recolor": _task("give what is inside the mask another colour: 'make it blue'", NEEDED, NEEDED, starts="make "),
-    "insert": _task("paint a symbol inside the mask: 'a red heart'", NEEDED, NEEDED),
+    "insert": _task("paint a symbol inside the mask: 'a red heart'", NEEDED, NEEDED, square=True),
     "instruct": _task("recolour what is named, without a mask: 'make the heart green'", NEEDED, NONE),
-    "reference": _task("the reference's symbol inside the mask: 'this star'", NEEDED, NEEDED, 1),
+    "reference": _task("the reference's symbol inside the mask: 'this star'", NEEDED, NEEDED, 1, square=True),
     "two_references": _task("two references' symbols: 'this star and this heart'", NEEDED, NEEDED, 2, share=1.0),
     "text": _task("a picture from words: 'a yellow star on grass'", NONE, NONE),
 }

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from acejax.data import latents
-from acejax.data.canvas import Canvas, denormalize
+from acejax.data.canvas import Canvas, denormalize, normalize
 from acejax.data.encoders import EncodePrompts
 from acejax.data.latents import EncodePictures
 from acejax.data.released_layout import Size
@@ -124,8 +124,17 @@ class Editor:
         if exact is not None:
             errors = [float(np.sqrt(np.square(one.astype(np.float32) - other).mean()))
                       for one, other in zip(made, exact, strict=True)]
-        return [dataclasses.replace(finish(one, picture, options), skipped=steps - whole, cache_error=error)
-                for one, picture, error in zip(prepared, made, errors, strict=True)]
+        return [dataclasses.replace(finish(one, picture, options, same), skipped=steps - whole, cache_error=error)
+                for one, picture, same, error in zip(prepared, made, self._again(prepared), errors, strict=True)]
+
+    def _again(self, prepared: Sequence[Prepared]) -> list[np.ndarray | None]:
+        """What the autoencoder alone makes of the pictures whose pixels are kept where they do not change."""
+        if all(one.shown is None for one in prepared):
+            return [None] * len(prepared)
+        blank = np.zeros_like(next(one.shown for one in prepared if one.shown is not None))
+        pictures = normalize(np.stack([blank if one.shown is None else one.shown for one in prepared]))
+        return [None if one.shown is None else picture for one, picture in zip(
+            prepared, denormalize(self._decode(self._encode_pictures(pictures))), strict=True)]
 
     def read(self, prompts: Sequence[str]) -> None:
         """Read prompts of edits to come: weights that take turns in memory then do so once for all of them."""

@@ -8,6 +8,17 @@ def binary(mask: np.ndarray) -> np.ndarray:
     return np.where(mask > 127, 255, 0).astype(np.uint8)
 
 
+def square(mask: np.ndarray) -> np.ndarray:
+    """The largest square in the middle of a mask's bounding box; mask [h, w] with > 127 = inside somewhere."""
+    rows, columns = (np.flatnonzero((mask > 127).any(axis)) for axis in (1, 0))
+    height, width = rows[-1] + 1 - rows[0], columns[-1] + 1 - columns[0]
+    side = min(height, width)
+    top, left = rows[0] + (height - side) // 2, columns[0] + (width - side) // 2
+    found = np.zeros_like(mask)
+    found[top:top + side, left:left + side] = 255
+    return found
+
+
 def grown(mask: np.ndarray, pixels: int) -> np.ndarray:
     """A mask [h, w] uint8, grey or not, that reaches so many pixels further to all sides and into all corners."""
     for axis in (0, 1):

@@ -8,6 +8,8 @@ from PIL import Image, ImageFilter
 from acejax.data import resize
 from acejax.edit.crop import Crop
 
+CHANGED = 8.0, 24.0  # of 255: what differs by less has not changed, what differs by more has
+
 
 def place(picture: np.ndarray, result: np.ndarray, window: Crop) -> np.ndarray:
     """A copy of the picture [h, w, 3] with the result [a, b, 3] in its window, as the model made it."""
@@ -35,6 +37,31 @@ def feather(picture: np.ndarray, placed: np.ndarray, mask: np.ndarray, window: C
     part = pasted[_seen(window)][near]
     part[:] = np.rint(part * (1 - weight) + placed[_seen(window)][near] * weight)
     return pasted
+
+
+def changes(made: np.ndarray, again: np.ndarray) -> np.ndarray:
+    """Where a model has changed a picture: [h, w] float32, from 0, as it was, to 1.
+
+    Args:
+      made: what it made, [h, w, 3] uint8.
+      again: what its autoencoder alone makes of the picture, so that what that loses does not count.
+    """
+    first, second = (np.asarray(Image.fromarray(one).filter(ImageFilter.GaussianBlur(1)), np.float32)  # no speckle
+                     for one in (made, again))
+    low, high = CHANGED
+    rise = np.clip((np.sqrt(np.square(first - second).mean(-1)) - low) / (high - low), 0, 1)
+    return rise**2 * (3 - 2 * rise)
+
+
+def blend(picture: np.ndarray, placed: np.ndarray, mask: np.ndarray | None, window: Crop, weight: np.ndarray
+          ) -> np.ndarray:
+    """`placed` inside the mask [h, w] (> 127; None: everywhere), by the weight [a, b] in 0 to 1 of the window as it was
+    worked on; the picture elsewhere."""
+    shown = np.repeat(np.rint(255 * weight).astype(np.uint8)[..., None], 3, -1)
+    share = place(np.zeros_like(picture), shown, window)[..., :1] / np.float32(255)
+    if mask is not None:
+        share[mask <= 127] = 0
+    return np.rint(picture * (1 - share) + placed * share).astype(np.uint8)
 
 
 def _weight(inside: np.ndarray, radius: float) -> np.ndarray:

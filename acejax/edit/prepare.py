@@ -36,6 +36,7 @@ class Prepared:
       canvas: its input.
       image, mask: the picture that the result is put into, as large as the result, and where; None: there is none.
       window: its part that is worked on.
+      shown: that part as large as it is worked on, where pixels are kept that do not change; else None.
       size: height and width of the result.
       notes: of the result.
     """
@@ -47,6 +48,7 @@ class Prepared:
     image: np.ndarray | None
     mask: np.ndarray | None
     window: Crop | None
+    shown: np.ndarray | None
     size: Size
     notes: tuple[str, ...]
 
@@ -75,6 +77,8 @@ def prepare(profile: Profile, request: Request, options: Options, annotate: Anno
     image, mask, size = _framed(profile, name, task, request)
     if options.crop == "mask" and image is not None and (mask is None or parity):
         raise UserError(f"crop is 'mask', and {'parity works on the whole picture' if parity else 'there is no mask'}")
+    if options.paste == "changed" and (parity or task.size != "image"):
+        raise UserError(f"paste is 'changed', and {'parity' if parity else f'task {name}'} can't keep so")
     notes = tuple(_notes(profile, image if mask is None else None, request.references))
     if request.control is not None and scale == 1:
         notes += (f"the control is not seen: task {name} with scale 1 hides all that is to change",)
@@ -84,25 +88,30 @@ def prepare(profile: Profile, request: Request, options: Options, annotate: Anno
         notes += _enlarged(profile, size, (canvas.mask.shape[0], canvas.widths[-1]))
         if profile.side and size[0] != size[1]:
             notes += ("the small weights have learnt squares: in other shapes symbols may be cut off",)
-        return Prepared(request, name, prompt, canvas, None, None, None, size, notes)
+        return Prepared(request, name, prompt, canvas, None, None, None, None, size, notes)
     if parity:
         seen = _annotated(image, mask, request.control, task.annotator, annotate, profile.canvas.parity)
         canvas = _seamed(editing(profile.canvas, seen, mask, request.references, None, scale))
-        return Prepared(request, name, prompt, canvas, image, mask, None, visible(size)[2:], notes)
-    window, canvas, working = _window(profile, task, image, mask, request, options)
+        return Prepared(request, name, prompt, canvas, image, mask, None, None, visible(size)[2:], notes)
+    told = masks.square(mask) if task.square else mask
+    window, canvas, working = _window(profile, task, image, told, request, options)
     notes += _enlarged(profile, (window.height, window.width), working)
     seen, generate, control = (None if array is None else crop.cut(array, window, working)
-                             for array in (image, mask, request.control))
+                             for array in (image, told, request.control))
+    kept = seen if profile.paste_of(options.paste) == "changed" else None
     if generate is not None and profile.side:
         generate = _boxes(generate, max(1, len(request.references)))
     seen = _annotated(seen, generate, control, task.annotator, annotate, None)
     shown = [_whole(profile, reference) for reference in request.references]
     return Prepared(request, name, prompt, editing(canvas, seen, generate, shown, None, scale), image, mask, window,
-                    size, notes)
+                    kept, size, notes)
 
 
-def finish(prepared: Prepared, made: np.ndarray, options: Options) -> Result:
-    """The result of a request whose target unit the model made [h, w, 3] uint8 (with parity: its whole canvas)."""
+def finish(prepared: Prepared, made: np.ndarray, options: Options, again: np.ndarray | None = None) -> Result:
+    """The result of a request whose target unit the model made [h, w, 3] uint8 (with parity: its whole canvas).
+
+    `again` is what the autoencoder alone makes of `prepared.shown`, where there is that.
+    """
     canvas, image, mask, window = prepared.canvas, prepared.image, prepared.mask, prepared.window
     drift, tokens = None, canvas.mask.size // TOKEN**2
     if canvas.joined:
@@ -113,8 +122,10 @@ def finish(prepared: Prepared, made: np.ndarray, options: Options) -> Result:
         picture = paste.place(image, made, window)
         if mask is not None:
             drift = paste.drift(image, picture, mask, window)
-            if options.paste == "feather":
-                picture = paste.feather(image, picture, mask, window, FEATHER * max(window.height, window.width))
+        if again is not None:
+            picture = paste.blend(image, picture, mask, window, paste.changes(made, again))
+        elif mask is not None and options.paste != "off":
+            picture = paste.feather(image, picture, mask, window, FEATHER * max(window.height, window.width))
     return Result(picture, prepared.task, prepared.prompt, window, drift, tokens, prepared.notes)
 
 

@@ -52,6 +52,10 @@ class Profile:
         """The repainting scale of a task."""
         return task.scale if self.canvas.split else task.lora_scale
 
+    def paste_of(self, paste: str) -> str:
+        """The way of `acejax.edit.request.Options` in which results are put back."""
+        return paste if paste != "auto" else "changed" if self.side else "feather"
+
     def steps_of(self, steps: int | None) -> int:
         """The steps asked for, or its own.
 

@@ -9,7 +9,7 @@ from acejax.edit.crop import Crop
 from acejax.errors import UserError
 
 MOST_SEED = 2**32 - 1
-CROPS, PASTES = ("auto", "mask", "none"), ("feather", "off")
+CROPS, PASTES = ("auto", "mask", "none"), ("auto", "feather", "changed", "off")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -52,7 +52,9 @@ class Options:
       steps, guidance: None: the weights' own.
       crop: "mask", work on a window around the mask; "none", on the whole picture; "auto", around the mask with the
         small weights and where the whole is more than the weights can see at once.
-      paste: "feather", pixels outside the mask are the picture's; "off", what the model made of them.
+      paste: "feather", pixels outside the mask are the picture's, and its edge is soft; "changed", inside it too where
+        the model has changed nothing; "off", what the model made of all; "auto", "changed" with the small weights and
+        "feather" with others.
       grow: pixels of the picture by which masks are made larger on all sides.
       step_cache: leave the blocks out of steps whose modulation has changed by no more than this
         (`acejax.edit.step_cache`); None: all steps are whole.
@@ -62,7 +64,7 @@ class Options:
     steps: int | None = None
     guidance: float | None = None
     crop: str = "auto"
-    paste: str = "feather"
+    paste: str = "auto"
     grow: int = 0
     step_cache: float | None = None
     measure_cache: bool = False

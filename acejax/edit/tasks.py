@@ -31,6 +31,7 @@ class Task:
         "around", the picture lies in the middle of it; "enlarged", the picture is made so large.
       starts: where no task is asked for, words that a prompt for this one starts with.
       share: of its window's side that the mask takes, where the picture is cropped around the mask.
+      square: the model is told of the largest square in the middle of the mask's box, as it has learnt to fill squares.
     """
 
     about: str
@@ -46,6 +47,7 @@ class Task:
     size: str = "image"
     starts: str = ""
     share: float = 0.5
+    square: bool = False
 
 
 _LOCAL = 'By referencing the mask, restore a partial image from the doodle {image} that aligns with the textual ' \

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from acejax.edit.crop import Crop, around, cut, middle, square, whole_square, working_size
-from acejax.edit.paste import drift, feather, place
+from acejax.edit.paste import blend, changes, drift, feather, place
 
 RNG = np.random.default_rng(0)
 
@@ -97,6 +97,26 @@ def test_a_thin_mask_is_not_lost_in_its_feather(width):
         mask[top:bottom, 50:170] = 255
         pasted = feather(image, 255 - image, mask, middle((400, 400)), 16)
         assert pasted[200:200 + width, 60:340].max(0).min() > 180 and not pasted[mask == 0].any()
+
+
+def test_a_change_is_told_from_speckle_and_from_what_the_autoencoder_loses():
+    again = picture(64, 64)
+    made = np.clip(again + RNG.normal(0, 6, again.shape), 0, 255).astype(np.uint8)
+    assert changes(again, again).max() == 0 and changes(made, again).mean() < 0.01
+    made[16:32, 16:32] = 255
+    weight = changes(made, again)
+    assert weight[17:31, 17:31].min() > 0.95 and weight[:12].max() < 0.2 and weight[40:].max() < 0.2
+
+
+@pytest.mark.parametrize("size", [(64, 64), (37, 301)])
+def test_what_has_not_changed_is_the_pictures_own(size):
+    image, mask = picture(*size), mask_of(size, 8, 8, 30, 30)
+    window = square(mask, 0.5)
+    placed = place(image, picture(32, 32), window)
+    np.testing.assert_array_equal(blend(image, placed, mask, window, np.zeros((32, 32))), image)
+    whole = blend(image, placed, mask, window, np.ones((32, 32)))
+    np.testing.assert_array_equal(whole, np.where(mask[..., None] > 127, placed, image))
+    np.testing.assert_array_equal(blend(image, placed, None, window, np.ones((32, 32))), placed)
 
 
 def test_drift_needs_something_to_keep():

@@ -27,7 +27,7 @@ class White(Editor):
     """Everything becomes white; `canvases` is what the model would have been given."""
 
     def __init__(self, profile=FLUX, **more):
-        super().__init__(profile, None, None, None, lambda prompts: (np.zeros((len(prompts), 1, 1)),) * 2, **more)
+        super().__init__(profile, None, np.copy, np.copy, lambda prompts: (np.zeros((len(prompts), 1, 1)),) * 2, **more)
         self.canvases, self.batches = [], []
 
     def generate(self, canvases, text, seeds, steps, guidance, cache=None, say=None):
@@ -270,8 +270,43 @@ def test_the_small_weights_see_squares_and_boxes():
     assert canvas.source.shape == (64, 64, 3) and canvas.mask.sum() == 255 * 32 * 32 and canvas.scale == 1
     editor(None, "make it blue", image=image, mask=mask)
     assert editor.canvases[1].scale == 0
+    mask[100:150, 200:300] = 255
+    for prompt, wide in (("a red heart", 1), ("make it blue", 2)):  # a symbol is square, what is there may be wider
+        editor(None, prompt, image=image, mask=mask)
+        rows, columns = (editor.canvases[-1].mask.any(axis).sum() for axis in (1, 0))
+        assert columns == wide * rows
     editor(None, "this star", image=image, mask=mask, references=[picture(50, 90)])
-    assert editor.canvases[2].widths == (64, 64)
+    assert editor.canvases[-1].widths == (64, 64)
+
+
+@pytest.mark.parametrize("profile, paste", [(FLUX, "changed"), (SMALLEST, "auto")])
+@pytest.mark.parametrize("masked", [False, True])
+def test_pixels_that_do_not_change_are_kept(profile, paste, masked):
+    """Inside the mask, or without one: of what the model gives back as its autoencoder does, no pixel moves."""
+    image, mask = np.zeros((128, 128, 3), np.uint8), np.zeros((128, 128), np.uint8)
+    image[:] = 100 + 8 * (np.indices((128, 128)).sum(0) % 2)[..., None]  # finer than the autoencoder below can tell
+    mask[32:96, 32:] = 255
+
+    class Painter(White):
+        def generate(self, canvases, *_, **__):
+            made = [np.full((*canvas.mask.shape[:1], canvas.widths[-1], 3), 104, np.uint8) for canvas in canvases]
+            for one in made:
+                one[:, :len(one) // 2] = 200
+            return made
+
+    editor = Painter(profile)
+    editor._decode = lambda latents: np.full_like(latents, 104 / 127.5 - 1)
+    options = Options(crop="none", paste=paste)
+    result, raw = (editor.edit([Request("make it red", image=image, mask=mask if masked else None)], one)[0].picture
+                   for one in (options, dataclasses.replace(options, paste="off")))
+    painted = np.zeros((128, 128), bool)
+    painted[:, :64] = True
+    near = np.zeros((128, 128), bool)
+    near[:, 58:70] = True
+    inside = mask > 127 if masked else np.ones((128, 128), bool)
+    np.testing.assert_array_equal(result[inside & painted & ~near], 200)
+    np.testing.assert_array_equal(result[~(inside & painted) & ~near], image[~(inside & painted) & ~near])
+    assert (raw[~painted & ~near] == 104).all()
 
 
 def test_parity_hands_out_what_the_released_code_does():
@@ -332,6 +367,11 @@ def test_mistakes_in_how():
                              ({"guidance": 101.0}, "expected 0 to 100")):
         with pytest.raises(UserError, match=message):
             White().edit([Request("x")], Options(**options))
+    parity = Profile.of(MMDiTConfig.ace_plus_lora(), "reference")
+    for profile, request in ((FLUX, Request(task="outpaint", image=picture(64, 64))),
+                             (parity, Request("x", image=picture(64, 64)))):
+        with pytest.raises(UserError, match="paste is 'changed', and (task outpaint|parity) can't keep so"):
+            White(profile).edit([request], Options(paste="changed"))
     with pytest.raises(UserError, match="the small weights take none"):
         White(SMALLEST).edit([Request("a red heart on grass")], Options(guidance=3.0))
     parity = White(Profile.of(MMDiTConfig.ace_plus_lora(), "reference"))

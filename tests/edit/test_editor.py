@@ -66,7 +66,8 @@ def test_random_sizes_masks_and_references():
         before = image.copy()
         editor = White(profile)
         crop = ("auto", "mask", "none")[rng.integers(3)]
-        (result,) = editor.edit([Request("x", "repainting", image, mask, references)], Options(crop=crop))
+        options = Options(crop=crop, paste=("auto", "feather", "changed")[rng.integers(3)])
+        (result,) = editor.edit([Request("x", "repainting", image, mask, references)], options)
         assert result.picture.shape == image.shape
         np.testing.assert_array_equal(result.picture[mask == 0], image[mask == 0])
         np.testing.assert_array_equal(image, before)

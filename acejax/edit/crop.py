@@ -50,16 +50,18 @@ def square(mask: np.ndarray, share: float, cells: int = 8) -> Crop:
 
     It is moved towards the inside of the picture where it fits, so that the model sees real surroundings, by whole
     cells, of which its side has `cells`, so that the box stays on the latent grid of a model of as many; less than one
-    may be left outside. It always holds the whole mask.
+    may be left outside. A picture that is smaller lies in its middle, within half a cell. It always holds the whole
+    mask.
     """
     (top, height), (left, width) = _box(mask)
     side = max(1, round(max(height, width) / share))
 
     def place(low: int, extent: int, limit: int) -> int:
         start, cell = low + extent / 2 - side / 2, side / cells
-        if side > limit:
-            return (limit - side) // 2
-        start += max(0, -start) // cell * cell - max(0, start + side - limit) // cell * cell
+        if side > limit:  # the picture in its middle, within half a cell
+            start += round((limit / 2 - low - extent / 2) / cell) * cell
+        else:
+            start += max(0, -start) // cell * cell - max(0, start + side - limit) // cell * cell
         return int(min(max(round(start), low + extent - side), low))
 
     return Crop(place(top, height, mask.shape[0]), place(left, width, mask.shape[1]), side, side)
@@ -80,7 +82,7 @@ def working_size(window: Crop, tokens: int) -> Size:
 
 def cut(picture: np.ndarray, window: Crop, size: Size) -> np.ndarray:
     """The window of a picture [h, w, 3] or mask [h, w] at `size` (antialiased; a mask is binarised, and nothing of it
-    is lost that is too thin for half a pixel).
+    is lost that is too thin for half a pixel). Beyond the edges pictures are mirrored; there is no mask there.
     """
     resized = _kept if picture.ndim == 2 else resize.antialiased
     bottom, right = window.top + window.height, window.left + window.width
@@ -88,7 +90,11 @@ def cut(picture: np.ndarray, window: Crop, size: Size) -> np.ndarray:
         return resized(picture, size, (window.top, window.left, window.height, window.width))
     rows = _mirror(np.arange(window.top, bottom), picture.shape[0])
     columns = _mirror(np.arange(window.left, right), picture.shape[1])
-    return resized(picture[np.ix_(rows, columns)], size)
+    shown = picture[np.ix_(rows, columns)]
+    if picture.ndim == 2:
+        shown[:max(0, -window.top)] = shown[picture.shape[0] - window.top:] = 0
+        shown[:, :max(0, -window.left)] = shown[:, picture.shape[1] - window.left:] = 0
+    return resized(shown, size)
 
 
 def _kept(mask: np.ndarray, size: Size, box: resize.Box | None = None) -> np.ndarray:

@@ -128,4 +128,10 @@ def test_beyond_the_edges_pixels_are_mirrored():
     image = picture(10, 10)
     window = cut(image, Crop(-10, -10, 30, 30), (30, 30))
     np.testing.assert_array_equal(window[10:20, 10:20], image)
+    for where in (Crop(-10, -10, 30, 30), Crop(-4, 2, 30, 5), Crop(5, -7, 5, 30)):
+        seen = cut(np.full((10, 10), 255, np.uint8), where, (where.height, where.width))
+        rows, columns = (np.flatnonzero(seen.any(axis)) for axis in (1, 0))
+        assert seen.sum() == 255 * len(rows) * len(columns), "a mask is not"
+        assert (rows[0], rows[-1] + 1) == (max(0, -where.top), min(where.height, 10 - where.top))
+        assert (columns[0], columns[-1] + 1) == (max(0, -where.left), min(where.width, 10 - where.left))
     np.testing.assert_array_equal(window[10:20, 9], image[:, 1])

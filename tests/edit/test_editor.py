@@ -280,6 +280,19 @@ def test_the_small_weights_see_squares_and_boxes():
     assert editor.canvases[-1].widths == (64, 64)
 
 
+@pytest.mark.parametrize("size", [(300, 500), (400, 300)])
+def test_the_small_weights_see_a_square_of_half_the_window_in_masks_of_any_size(size):
+    """Where the window is larger than the picture, too, of which it then shows mirrored pixels, but no mirrored mask."""
+    rng, editor = np.random.default_rng(3), White(SMALLEST)
+    for _ in range(20):
+        side = int(rng.integers(min(size) // 2 + 1, min(size)))
+        top, left = (int(rng.integers(0, length - side + 1)) for length in size)
+        mask = np.zeros(size, np.uint8)
+        mask[top:top + side, left:left + side] = 255
+        editor(None, "a red heart", image=picture(*size), mask=mask)
+        assert [editor.canvases[-1].mask.any(axis).sum() for axis in (1, 0)] == [32, 32]
+
+
 @pytest.mark.parametrize("profile, paste", [(FLUX, "changed"), (SMALLEST, "auto")])
 @pytest.mark.parametrize("masked", [False, True])
 def test_pixels_that_do_not_change_are_kept(profile, paste, masked):

@@ -282,7 +282,7 @@ def test_the_small_weights_see_squares_and_boxes():
 
 @pytest.mark.parametrize("size", [(300, 500), (400, 300)])
 def test_the_small_weights_see_a_square_of_half_the_window_in_masks_of_any_size(size):
-    """Where the window is larger than the picture, too, of which it then shows mirrored pixels, but no mirrored mask."""
+    """Where the window is larger than the picture, too: of that it shows mirrored pixels, but no mirrored mask."""
     rng, editor = np.random.default_rng(3), White(SMALLEST)
     for _ in range(20):
         side = int(rng.integers(min(size) // 2 + 1, min(size)))

@@ -91,8 +91,8 @@ def measure(place: pathlib.Path, steps: int, rank: int, count: int, test: int) -
 
     def judge(*loras: tuple[pathlib.Path, float]) -> dict[str, float]:
         editor = weights.load_editor(loras=loras)
-        return {"accuracy": accuracy(evaluate.edit(editor, records, TEST_SEED), records),
-                "shuffled": accuracy(evaluate.edit(editor, evaluate.shuffled(records), TEST_SEED), records)}
+        return {"accuracy": accuracy(evaluate.edit(editor, records, TEST_SEED, "off"), records),
+                "shuffled": accuracy(evaluate.edit(editor, evaluate.shuffled(records), TEST_SEED, "off"), records)}
 
     runs = {"without": judge()}
     for name, base in ("lora", "bfloat16"), ("qlora", "int8"):

@@ -123,7 +123,7 @@ def encode_pictures(params: Autoencoder, pictures: jax.Array) -> jax.Array:
 def decode_latents(params: Autoencoder, latents: jax.Array) -> jax.Array:
     """Latents [B, h, w, 16] -> pictures [B, 8h, 8w, 3], not clamped."""
     patches = _conv(latents, params["decode"]) + params["offset"]
-    if kind_of(params) == "convolutional":
+    if "decoder.in.kernel" in params:
         patches = patches + _tower(params, "decoder", latents)
     batch, height, width, _ = patches.shape
     x = patches.reshape(batch, height, width, CELL, CELL, 3).transpose(0, 1, 3, 2, 4, 5)
@@ -177,8 +177,9 @@ def refine(config: FitConfig, params: Autoencoder, pictures: np.ndarray, latents
         return _draw(rng, pictures, config.batch), latents[chosen], _normalize(wanted[chosen]), weights[chosen]
 
     def loss(decoder, shown, made, wanted, weight, key):
-        ours = weight * (decode_latents(decoder, made) - wanted) ** 2
-        return (_error(config, encoder | decoder, shown, key) + jnp.mean(ours) / jnp.mean(weight)) / 2
+        whole = encoder | decoder
+        ours = weight * (decode_latents(whole, made) - wanted) ** 2
+        return (_error(config, whole, shown, key) + jnp.mean(ours) / jnp.mean(weight)) / 2
 
     return _bfloat16(encoder | _descend(config, config.refine, decoder, loss, batch, seed, "decoder"))
 

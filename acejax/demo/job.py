@@ -39,7 +39,7 @@ from acejax.train import loop
 from acejax.train.config import TrainConfig
 from acejax.train.held import Held
 from acejax.train.program import Program
-from acejax.train.samples import make, sampler, target_unit
+from acejax.train.samples import sample_held, sampler, target_unit
 from acejax.train.validate import HeldOut
 from acejax.workdir import claim, claim_data
 
@@ -142,13 +142,17 @@ def run(config: ml_collections.ConfigDict, workdir: epath.PathLike, setup_second
     if not again:
         _spend(workdir, {"compile": spent["compile"]})
     params = state.params if state.ema is None else state.ema
-    if config.data.autoencoder.refine:
+    fitting = fields.read(FitConfig, config.data, "autoencoder", "data.")
+    refined = fitting.refine and {"steps": fitting.refine, "drafts": fitting.drafts, "of": config.evaluate.steps}
+    if refined and again and weights.read_note(workdir / "weights").get("refined") == refined:
+        autoencoder = weights.load_autoencoder(workdir / "weights" / weights.AUTOENCODER)
+    elif refined:
         started = time.time()
-        if again and weights.read_note(workdir / "weights")["euler_steps"] == config.evaluate.steps:
-            autoencoder = weights.load_autoencoder(workdir / "weights" / weights.AUTOENCODER)
-        else:
-            autoencoder = _refine(config, workdir, params, stream, dataset.read(folder, "train"), autoencoder)
-            _spend(workdir, {"refine": time.time() - started})
+        processes.say("training the decoder on what the transformer makes ...")
+        rows = dataset.read(folder, "train")
+        autoencoder = refine(fitting, autoencoder, _targets(rows, fitting.pictures, config.seed),
+                             *drafts(config, workdir, params, stream, rows, fitting.drafts), config.seed)
+        _spend(workdir, {"refine": time.time() - started})
     seconds = _spend(workdir, {}) | {"train": spent["train"]}  # which holds earlier starts
     print("editing the test photo ...", flush=True)
     started = time.time()
@@ -156,7 +160,7 @@ def run(config: ml_collections.ConfigDict, workdir: epath.PathLike, setup_second
             "tasks": [task for task in TASKS if task in config.data.tasks], "scales": config.data.scales,
             "repainting": config.data.canvas.scales.to_dict(),
             "seconds": round(sum(seconds.get(part, 0.0) for part in ("data", "compile", "train", "refine")), 1),
-            "train_seconds": round(seconds["train"], 1)}
+            "train_seconds": round(seconds["train"], 1)} | ({"refined": refined} if refined else {})
     weights.save(workdir / "weights", MMDiTConfig(**config.model), params, autoencoder, config.data.size, note)
     editor = weights.load_editor(workdir / "weights")  # what is judged is what is saved
     test, held = ({task: [row for row in rows if row["task"] == task] for task in TASKS if task in config.data.tasks}
@@ -176,26 +180,28 @@ def run(config: ml_collections.ConfigDict, workdir: epath.PathLike, setup_second
     return report
 
 
-def _refine(config: ml_collections.ConfigDict, workdir: epath.PathLike, params: Any, stream: Stream,
-            rows: Sequence[Sample], autoencoder: Autoencoder) -> Autoencoder:
-    """The autoencoder with a decoder that has seen what the transformer makes of training pictures to be edited.
+def drafts(config: ml_collections.ConfigDict, workdir: epath.PathLike, params: Any, stream: Stream,
+           rows: Sequence[Sample], count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What the transformer makes of `count` training samples at most, the pictures it should make, and weights, as
+    `refine` takes them.
 
-    Where there is none, what it draws is not what the sample shows. A pixel weighs as in the transformer's loss.
+    Text to picture is left out: what is drawn there is not what the sample shows. A pixel weighs as in the loss.
     """
-    (run, mesh), table = check(config, workdir), stream.table
-    fitting = fields.read(FitConfig, config.data, "autoencoder", "data.")
-    processes.say("training the decoder on what the transformer makes ...")
-    edits = np.flatnonzero([table.tasks[task] != "text" for task in table.task])
-    table = Subset(table, np.random.default_rng(config.seed).permutation(edits)[:fitting.drafts])
-    held = Held(table, mesh, dict(config.data.batch_sizes), config.seed)
-    setting = Program.of(run, mesh, stream.references, len(stream.tasks)).setting
-    made = make(sampler(setting, mesh), params, held, held.batches(range(len(table))), config.evaluate.steps)
-    latents = np.stack([target_unit(held.row(place), made[place]) for place in range(len(table))])
-    shown = [decoded(rows[table.origin(place)[1]]) for place in range(len(table))]
-    inside = np.stack([np.ones(row["target"].shape[:2]) if row["mask"] is None else row["mask"] > 127 for row in shown])
-    weight = (1 + (config.loss.mask_weight - 1) * inside)[..., None].astype(np.float32)
-    return refine(fitting, autoencoder, _targets(rows, fitting.pictures, config.seed), latents,
-                  np.stack([row["target"] for row in shown]), weight, config.seed)
+    trained, mesh = check(config, workdir)
+    every = stream.table
+    edits = np.flatnonzero([every.tasks[task] != "text" for task in every.task])
+    chosen = Subset(every, np.random.default_rng(config.seed).permutation(edits)[:count])
+    held, places = Held(chosen, mesh, dict(config.data.batch_sizes), config.seed), range(len(chosen))
+    setting = Program.of(trained, mesh, stream.references, len(stream.tasks)).setting
+    made = sample_held(sampler(setting, mesh), params, held, held.batches(places), config.evaluate.steps)
+    latents = np.stack([target_unit(held.row(place), made[place]) for place in places])
+    wanted, weight = [], []
+    for place in places:
+        row = decoded(rows[chosen.origin(place)[1]])
+        inside = np.ones(row["target"].shape[:2], bool) if row["mask"] is None else row["mask"] > 127
+        wanted.append(row["target"])
+        weight.append(np.where(inside, config.loss.mask_weight, 1)[..., None].astype(np.float32))
+    return latents, np.stack(wanted), np.stack(weight)
 
 
 def _targets(rows: Sequence[Sample], most: int, seed: int) -> np.ndarray:

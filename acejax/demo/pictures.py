@@ -230,10 +230,10 @@ def _varied(rng: np.random.Generator, window: np.ndarray, named: bool) -> np.nda
 
 def _ellipse(rng: np.random.Generator, size: int) -> np.ndarray:
     """Coverage [size, size] of an ellipse that lies in a square in part, antialiased."""
-    (top, left), radii, turn = rng.uniform(-0.2, 1.2, 2), rng.uniform(0.3, 1.2, 2), rng.uniform(0, np.pi)
+    center, radii, turn = rng.uniform(-0.2, 1.2, 2), rng.uniform(0.3, 1.2, 2), rng.uniform(0, np.pi)
     y, x = np.meshgrid(*[(np.arange(size) + 0.5) / size] * 2, indexing="ij")
-    along, across = ((y - top) * np.cos(turn) + (x - left) * np.sin(turn),
-                     (x - left) * np.cos(turn) - (y - top) * np.sin(turn))
+    y, x = y - center[0], x - center[1]
+    along, across = y * np.cos(turn) + x * np.sin(turn), x * np.cos(turn) - y * np.sin(turn)
     return np.clip((1 - np.hypot(along / radii[0], across / radii[1])) * radii.min() * size + 0.5, 0, 1)
 
 

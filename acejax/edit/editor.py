@@ -124,16 +124,17 @@ class Editor:
         if exact is not None:
             errors = [float(np.sqrt(np.square(one.astype(np.float32) - other).mean()))
                       for one, other in zip(made, exact, strict=True)]
+        kept = self._reconstructed(prepared)
         return [dataclasses.replace(finish(one, picture, options, same), skipped=steps - whole, cache_error=error)
-                for one, picture, same, error in zip(prepared, made, self._again(prepared), errors, strict=True)]
+                for one, picture, same, error in zip(prepared, made, kept, errors, strict=True)]
 
-    def _again(self, prepared: Sequence[Prepared]) -> list[np.ndarray | None]:
+    def _reconstructed(self, prepared: Sequence[Prepared]) -> list[np.ndarray | None]:
         """What the autoencoder alone makes of the pictures whose pixels are kept where they do not change."""
-        if all(one.shown is None for one in prepared):
+        if all(one.kept is None for one in prepared):
             return [None] * len(prepared)
-        blank = np.zeros_like(next(one.shown for one in prepared if one.shown is not None))
-        pictures = normalize(np.stack([blank if one.shown is None else one.shown for one in prepared]))
-        return [None if one.shown is None else picture for one, picture in zip(
+        blank = np.zeros_like(next(one.kept for one in prepared if one.kept is not None))
+        pictures = normalize(np.stack([blank if one.kept is None else one.kept for one in prepared]))
+        return [None if one.kept is None else picture for one, picture in zip(
             prepared, denormalize(self._decode(self._encode_pictures(pictures))), strict=True)]
 
     def read(self, prompts: Sequence[str]) -> None:

@@ -9,14 +9,17 @@ def binary(mask: np.ndarray) -> np.ndarray:
 
 
 def square(mask: np.ndarray) -> np.ndarray:
-    """The largest square in the middle of a mask's bounding box; mask [h, w] with > 127 = inside somewhere."""
+    """The largest square in the middle of a mask's bounding box; mask [h, w] with > 127 = inside somewhere.
+
+    The mask itself where that square is not its own for the most part: an arc, spots far apart.
+    """
     rows, columns = (np.flatnonzero((mask > 127).any(axis)) for axis in (1, 0))
     height, width = rows[-1] + 1 - rows[0], columns[-1] + 1 - columns[0]
     side = min(height, width)
     top, left = rows[0] + (height - side) // 2, columns[0] + (width - side) // 2
     found = np.zeros_like(mask)
     found[top:top + side, left:left + side] = 255
-    return found
+    return found if np.mean(mask[top:top + side, left:left + side] > 127) > 0.5 else mask
 
 
 def grown(mask: np.ndarray, pixels: int) -> np.ndarray:

@@ -6,19 +6,18 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from acejax.data import resize
+from acejax.data.released_layout import Size
 from acejax.edit.crop import Crop
 
 CHANGED = 8.0, 24.0  # of 255: what differs by less has not changed, what differs by more has
+STRIP = 256  # rows that are blended at a time: pictures may be large
 
 
 def place(picture: np.ndarray, result: np.ndarray, window: Crop) -> np.ndarray:
     """A copy of the picture [h, w, 3] with the result [a, b, 3] in its window, as the model made it."""
     height, width = picture.shape[:2]
     placed = picture.copy()
-    big = resize.antialiased(result, (window.height, window.width))
-    top, left = max(0, window.top), max(0, window.left)
-    bottom, right = min(height, window.top + window.height), min(width, window.left + window.width)
-    placed[top:bottom, left:right] = big[top - window.top:bottom - window.top, left - window.left:right - window.left]
+    placed[_seen(window)] = _enlarged(result, window, (height, width))
     return placed
 
 
@@ -39,15 +38,15 @@ def feather(picture: np.ndarray, placed: np.ndarray, mask: np.ndarray, window: C
     return pasted
 
 
-def changes(made: np.ndarray, again: np.ndarray) -> np.ndarray:
+def changes(made: np.ndarray, reconstructed: np.ndarray) -> np.ndarray:
     """Where a model has changed a picture: [h, w] float32, from 0, as it was, to 1.
 
     Args:
       made: what it made, [h, w, 3] uint8.
-      again: what its autoencoder alone makes of the picture, so that what that loses does not count.
+      reconstructed: what its autoencoder alone makes of the picture, so that what that loses does not count.
     """
     first, second = (np.asarray(Image.fromarray(one).filter(ImageFilter.GaussianBlur(1)), np.float32)  # no speckle
-                     for one in (made, again))
+                     for one in (made, reconstructed))
     low, high = CHANGED
     rise = np.clip((np.sqrt(np.square(first - second).mean(-1)) - low) / (high - low), 0, 1)
     return rise**2 * (3 - 2 * rise)
@@ -56,12 +55,24 @@ def changes(made: np.ndarray, again: np.ndarray) -> np.ndarray:
 def blend(picture: np.ndarray, placed: np.ndarray, mask: np.ndarray | None, window: Crop, weight: np.ndarray
           ) -> np.ndarray:
     """`placed` inside the mask [h, w] (> 127; None: everywhere), by the weight [a, b] in 0 to 1 of the window as it was
-    worked on; the picture elsewhere."""
+    worked on; the picture elsewhere. The mask's edge is soft over a pixel alone: what is painted may touch it.
+    """
+    pasted, seen = picture.copy(), _seen(window)
     shown = np.repeat(np.rint(255 * weight).astype(np.uint8)[..., None], 3, -1)
-    share = place(np.zeros_like(picture), shown, window)[..., :1] / np.float32(255)
-    if mask is not None:
-        share[mask <= 127] = 0
-    return np.rint(picture * (1 - share) + placed * share).astype(np.uint8)
+    share = _enlarged(shown, window, picture.shape[:2])[..., 0]
+    edge = np.ones_like(share) if mask is None else _weight(mask[seen] > 127, 0.5)
+    part, new = pasted[seen], placed[seen]
+    for start in range(0, len(part), STRIP):
+        rows = slice(start, start + STRIP)
+        weight = (share[rows] / np.float32(255) * edge[rows])[..., None]
+        part[rows] = np.rint(part[rows] * (1 - weight) + new[rows] * weight)
+    return pasted
+
+
+def _enlarged(result: np.ndarray, window: Crop, size: Size) -> np.ndarray:
+    """What lies inside a picture of `size` (height, width) of a result [a, b, 3] that fills the window."""
+    big = resize.antialiased(result, (window.height, window.width))
+    return big[max(0, -window.top):size[0] - window.top, max(0, -window.left):size[1] - window.left]
 
 
 def _weight(inside: np.ndarray, radius: float) -> np.ndarray:

@@ -36,7 +36,7 @@ class Prepared:
       canvas: its input.
       image, mask: the picture that the result is put into, as large as the result, and where; None: there is none.
       window: its part that is worked on.
-      shown: that part as large as it is worked on, where pixels are kept that do not change; else None.
+      kept: that part as large as it is worked on, where pixels are kept that do not change; else None.
       size: height and width of the result.
       notes: of the result.
     """
@@ -48,7 +48,7 @@ class Prepared:
     image: np.ndarray | None
     mask: np.ndarray | None
     window: Crop | None
-    shown: np.ndarray | None
+    kept: np.ndarray | None
     size: Size
     notes: tuple[str, ...]
 
@@ -78,7 +78,8 @@ def prepare(profile: Profile, request: Request, options: Options, annotate: Anno
     if options.crop == "mask" and image is not None and (mask is None or parity):
         raise UserError(f"crop is 'mask', and {'parity works on the whole picture' if parity else 'there is no mask'}")
     if options.paste == "changed" and (parity or task.size != "image"):
-        raise UserError(f"paste is 'changed', and {'parity' if parity else f'task {name}'} can't keep so")
+        raise UserError("paste is 'changed', and " + ("parity keeps no pixel" if parity else
+                                                      f"the result of task {name} is larger than the picture"))
     notes = tuple(_notes(profile, image if mask is None else None, request.references))
     if request.control is not None and scale == 1:
         notes += (f"the control is not seen: task {name} with scale 1 hides all that is to change",)
@@ -107,10 +108,11 @@ def prepare(profile: Profile, request: Request, options: Options, annotate: Anno
                     kept, size, notes)
 
 
-def finish(prepared: Prepared, made: np.ndarray, options: Options, again: np.ndarray | None = None) -> Result:
+def finish(prepared: Prepared, made: np.ndarray, options: Options, reconstructed: np.ndarray | None = None
+           ) -> Result:
     """The result of a request whose target unit the model made [h, w, 3] uint8 (with parity: its whole canvas).
 
-    `again` is what the autoencoder alone makes of `prepared.shown`, where there is that.
+    `reconstructed` is what the autoencoder alone makes of `prepared.kept`, where there is that.
     """
     canvas, image, mask, window = prepared.canvas, prepared.image, prepared.mask, prepared.window
     drift, tokens = None, canvas.mask.size // TOKEN**2
@@ -122,8 +124,8 @@ def finish(prepared: Prepared, made: np.ndarray, options: Options, again: np.nda
         picture = paste.place(image, made, window)
         if mask is not None:
             drift = paste.drift(image, picture, mask, window)
-        if again is not None:
-            picture = paste.blend(image, picture, mask, window, paste.changes(made, again))
+        if reconstructed is not None:
+            picture = paste.blend(image, picture, mask, window, paste.changes(made, reconstructed))
         elif mask is not None and options.paste != "off":
             picture = paste.feather(image, picture, mask, window, FEATHER * max(window.height, window.width))
     return Result(picture, prepared.task, prepared.prompt, window, drift, tokens, prepared.notes)

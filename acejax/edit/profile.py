@@ -53,7 +53,7 @@ class Profile:
         return task.scale if self.canvas.split else task.lora_scale
 
     def paste_of(self, paste: str) -> str:
-        """The way of `acejax.edit.request.Options` in which results are put back."""
+        """`paste` of `acejax.edit.request.Options`, with "auto" resolved for these weights."""
         return paste if paste != "auto" else "changed" if self.side else "feather"
 
     def steps_of(self, steps: int | None) -> int:

@@ -124,8 +124,9 @@ def make(profile: Profile, request: Request, options: Options, result: Result, b
     return Record(acejax.__version__, jax.__version__, platform(), result.task, request.prompt, result.prompt,
                   request.seed, profile.steps_of(options.steps), profile.guidance_of(options.guidance),
                   float(profile.scale(task) if request.scale is None else request.scale),
-                  result.picture.shape[1::-1], options.crop, options.paste, profile.canvas.parity, batch, dict(opened),
-                  tuple(used), request.size and request.size[::-1], options.grow, options.step_cache)
+                  result.picture.shape[1::-1], options.crop, profile.paste_of(options.paste), profile.canvas.parity,
+                  batch, dict(opened), tuple(used), request.size and request.size[::-1], options.grow,
+                  options.step_cache)
 
 
 def read(path: epath.PathLike) -> Record:

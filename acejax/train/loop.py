@@ -38,6 +38,7 @@ from acejax.workdir import claim
 FREE = ("execution", "mesh", "reading", "watch", "checkpoint",  # how, not what
         *(f"validation.{name}" for name in ("every", "grid_every", "grid", "steps", "guidance", "sigmas")),
         "steps",  # a run goes on beyond its end; less than it has made is refused
+        "data.autoencoder.refine", "data.autoencoder.drafts",  # of the demo, once it is trained
         "evaluate.steps", "evaluate.thresholds", "cache.dir", "cache.batch",
         # what encoders give is told by the features' digest, whatever their names:
         "encoders.autoencoder", "encoders.t5", "encoders.clip", "encoders.tokenizers")

@@ -52,7 +52,7 @@ class Samples:
 
         Process 0 decodes; the others have no values and no grid.
         """
-        made = make(self._run, params, self._held, self._batches, self._steps, self._frozen)
+        made = sample_held(self._run, params, self._held, self._batches, self._steps, self._frozen)
         if jax.process_index():
             return {}, None
         table, lines, scores = self._held.table, [], {}
@@ -71,13 +71,13 @@ class Samples:
 
 
 def sampler(setting: StepConfig, mesh: Mesh, guidance: float = 1.0) -> Callable[..., jax.Array]:
-    """The compiled function that `make` runs; guidance is an input of models that have it."""
+    """The compiled function that `sample_held` runs; guidance is an input of models that have it."""
     return jax.jit(functools.partial(_sample, setting=setting, guidance=guidance),
                    out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
-def make(run: Callable[..., jax.Array], params: Any, held: Held, batches: Sequence[HeldBatch], steps: int,
-         frozen: Any = None) -> dict[int, np.ndarray]:
+def sample_held(run: Callable[..., jax.Array], params: Any, held: Held, batches: Sequence[HeldBatch], steps: int,
+                frozen: Any = None) -> dict[int, np.ndarray]:
     """The canvases [bucket, 64] that a model makes of held-out samples, in so many Euler steps from their noise, by
     their places in the table."""
     made: dict[int, np.ndarray] = {}

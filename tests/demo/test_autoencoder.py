@@ -32,6 +32,8 @@ def test_refining_teaches_the_decoder_alone_what_was_made(fitted):
 
     assert error(after, made) < 0.8 * error(before, made), "pictures that it has not seen"
     assert error(after, latents) < 1.2 * error(before, latents), "what the encoder gives is not forgotten"
+    decoder = {name: value for name, value in after.items() if not name.startswith("enc")}
+    np.testing.assert_array_equal(decode_latents(decoder, made), decode_latents(after, made))
     same = {name for name in before if np.array_equal(after[name], before[name])}
     assert same == {name for name in before if name.startswith("enc") or name == "mean"}
 

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import runpy
 import shutil
 
 import numpy as np
@@ -11,10 +12,12 @@ from PIL import Image
 from acejax import UserError
 from acejax.cli.main import main
 from acejax.demo import evaluate, job
+from acejax.demo.autoencoder import decode_latents
 from acejax.demo.pictures import TASKS, samples
 from acejax.demo.weights import SHIPPED, load_autoencoder, load_editor, read_note, tasks_of
 from acejax.edit.files import read_picture
 
+CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 SMALL = ("--config.steps=30 --config.data.samples=40 --config.evaluate.samples=6 --config.evaluate.held=4 "
          "--config.evaluate.steps=2 --config.watch.every=5 --config.model.hidden_size=32 --config.model.num_heads=2 "
          "--config.model.depth_single_blocks=1 --config.model.axes_dim=(4,6,6)")
@@ -40,6 +43,23 @@ def test_the_report_has_every_figure_and_tells_the_truth(done):
     assert set(report["seconds"]) == {"setup", "data", "compile", "train", "evaluate"}
     assert report["steps"] == 30 and report["seed"] == 0 and report["seconds"]["setup"] == 3
     assert read_picture(workdir / "edits.png").shape[0] > 500
+
+
+def test_drafts_are_what_becomes_of_the_pictures_beside_them(tmp_path, monkeypatch):
+    config = runpy.run_path(str(CONFIGS / "demo.py"))["get_config"]()
+    config.data.samples, config.evaluate.samples, config.evaluate.held = 20, 2, 2
+    config.validation.every, config.validation.held = 1, 2  # what is held out is not among them
+    folder, autoencoder, stream, held_out = job.prepare(config, tmp_path)
+    monkeypatch.setattr(job, "sample_held", lambda run, params, held, batches, steps: {  # a model that makes no error
+        place: held.row(place)["target"] for batch in batches for place in batch.samples})
+    rows = job.dataset.read(folder, "train")
+    latents, wanted, weight = job.drafts(config, tmp_path, None, stream, rows, 40)
+    assert len(latents) == len(wanted) == len(weight) == 40 and len(held_out.table) == 12
+    made = np.asarray(decode_latents(autoencoder, latents))
+    error = np.square(made[:, None] - (wanted / 127.5 - 1)[None]).mean((2, 3, 4))
+    assert (error.argmin(1) == np.arange(40)).all(), "each is nearest to its own"
+    areas = (weight == 4).mean((1, 2, 3))
+    assert set(np.unique(weight)) == {1, 4} and (areas < 0.6).sum() > 20 and (areas == 1).any(), "masks, and none"
 
 
 def test_seconds_of_interrupted_starts_add_up(tmp_path):
@@ -136,7 +156,7 @@ def test_presets_hide_what_was_hidden_in_training(done):
     assert tasks_of(note | {"repainting": {"insert": 0.25}})["insert"].scale == 0.25
 
 
-FINE = (f"--config={pathlib.Path(__file__).parents[2]}/configs/small_weights.py --config.steps=8 "
+FINE = (f"--config={CONFIGS}/small_weights.py --config.steps=8 "
         "--config.data.samples=6 --config.data.size=80 --config.data.batch_sizes=((25,4),(50,2),(75,2)) "
         "--config.data.autoencoder.steps=20 --config.data.autoencoder.width=8 --config.data.autoencoder.pictures=40 "
         "--config.data.autoencoder.refine=4 --config.data.autoencoder.drafts=9 "

@@ -280,6 +280,23 @@ def test_the_small_weights_see_squares_and_boxes():
     assert editor.canvases[-1].widths == (64, 64)
 
 
+def test_a_mask_of_parts_is_told_as_it_is():
+    image, mask = picture(300, 600), np.zeros((300, 600), np.uint8)
+    mask[100:200, 20:120] = mask[100:200, 480:580] = 255  # in the middle of their box there is nothing of them
+    result = White(SMALLEST)(None, "a red heart", image=image, mask=mask)
+    assert (result[mask > 0] > image[mask > 0]).all() and (result[mask == 0] == image[mask == 0]).all()
+
+
+def test_text_and_an_edit_are_made_at_once():
+    image, mask = picture(64, 64), np.zeros((64, 64), np.uint8)
+    mask[16:48, 16:48] = 255
+    editor = White(SMALLEST)
+    results = editor.edit([Request("a red heart on grass"), Request("a red heart", None, image, mask)])
+    assert editor.batches == [[0, 0]] and (results[0].picture == 255).all()
+    np.testing.assert_array_equal(results[1].picture[mask == 0], image[mask == 0])
+    assert (results[1].picture[20:44, 20:44] == 255).all()
+
+
 @pytest.mark.parametrize("size", [(300, 500), (400, 300)])
 def test_the_small_weights_see_a_square_of_half_the_window_in_masks_of_any_size(size):
     """Where the window is larger than the picture, too: of that it shows mirrored pixels, but no mirrored mask."""
@@ -318,6 +335,8 @@ def test_pixels_that_do_not_change_are_kept(profile, paste, masked):
     near = np.zeros((128, 128), bool)
     near[:, 58:70] = True
     inside = mask > 127 if masked else np.ones((128, 128), bool)
+    if masked:
+        near |= (grown(mask, 2) > 0) & (grown(255 - mask, 2) > 0)  # its edge is soft
     np.testing.assert_array_equal(result[inside & painted & ~near], 200)
     np.testing.assert_array_equal(result[~(inside & painted) & ~near], image[~(inside & painted) & ~near])
     assert (raw[~painted & ~near] == 104).all()
@@ -384,7 +403,7 @@ def test_mistakes_in_how():
     parity = Profile.of(MMDiTConfig.ace_plus_lora(), "reference")
     for profile, request in ((FLUX, Request(task="outpaint", image=picture(64, 64))),
                              (parity, Request("x", image=picture(64, 64)))):
-        with pytest.raises(UserError, match="paste is 'changed', and (task outpaint|parity) can't keep so"):
+        with pytest.raises(UserError, match="paste is 'changed', and (the result of task outpaint is|parity keeps no)"):
             White(profile).edit([request], Options(paste="changed"))
     with pytest.raises(UserError, match="the small weights take none"):
         White(SMALLEST).edit([Request("a red heart on grass")], Options(guidance=3.0))

@@ -16,7 +16,7 @@ from acejax.edit import files, record
 from acejax.edit.manifest import Entry
 from acejax.edit.profile import Profile
 from acejax.edit.record import File
-from acejax.edit.request import Options, Result
+from acejax.edit.request import Options, Request, Result
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (20, 30, 3)).astype(np.uint8)
 WEIGHTS = (File("weights", "mmdit.safetensors", "1" * 32), File("lora", "../l.safetensors", "2" * 32, 0.8))
@@ -60,6 +60,14 @@ def test_a_png_keeps_everything(kept):
                 "size": [30, 20], "crop": "auto", "paste": "off", "parity": None, "batch": [1, 3],
                 "grow": 2, "step_cache": 0.5}
     assert {name: found[name] for name in expected} == expected
+
+
+def test_how_a_result_was_put_back_is_named():
+    flux = Profile.of(MMDiTConfig.ace_plus_fft())
+    for profile, paste in ((flux, "feather"), (dataclasses.replace(flux, side=64), "changed")):
+        about = record.make(profile, Request("x"), Options(), Result(PICTURE, "repainting", "x", None, None, 1), (0, 1),
+                            {}, [])
+        assert about.paste == paste
 
 
 def test_the_edit_comes_back_wherever_its_folder_is(kept, tmp_path, monkeypatch):

@@ -200,3 +200,21 @@ def test_wrong_tokens_are_named(params, field, channels, message):
 def test_wrong_settings_are_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_few_blocks_one_by_one_are_the_same_as_a_loop(monkeypatch):
+    config = dataclasses.replace(CONFIG, depth=2, depth_single_blocks=3)
+    random = np.random.default_rng(3)
+
+    def drawn(shapes):
+        return jax.tree.map(lambda leaf: (0.2 * random.normal(size=leaf.shape)).astype(leaf.dtype), shapes)
+
+    params, tokens = drawn(jax.eval_shape(acejax.init, config, jax.random.key(0))), drawn(example(config, 2))
+    found = []
+    for few in (0, 3):
+        monkeypatch.setattr("acejax.model.mmdit.FEW", few)
+        lowered = jit(jax.value_and_grad(lambda params: jnp.square(acejax.apply(config, params, tokens)).mean())
+                      ).lower(params)
+        assert ("while" in lowered.as_text()) == (few == 0)
+        found.append(lowered.compile()(params))
+    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6), *found)

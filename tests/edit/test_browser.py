@@ -103,7 +103,7 @@ def test_upload_paint_run_download(visit, photo, tmp_path):
     rows, columns = np.nonzero(mask)
     assert abs(rows.mean() - 80) < 12 and abs(columns.mean() - 120) < 12  # where it was painted
     changed = (before != after).any(-1)
-    assert changed[mask > 127].mean() > 0.8 and not changed[:20].any() and not changed[:, :40].any()
+    assert changed[mask > 127].mean() > 0.2 and not changed[mask <= 127].any()  # a heart fills a part of it
     assert record.read(tmp_path / "out.png").prompt == "a red heart"
 
 

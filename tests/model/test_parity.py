@@ -61,11 +61,15 @@ def test_equals_diffusers(loaded, channels, guidance):
 
 @judges.needs_diffusers
 def test_recorded_flux_is_current():
+    """Within what the recording is held against: PyTorch's float32 is not the same on all CPUs."""
     made = make.flux()
     with np.load(make.FLUX) as recorded:
         assert recorded.keys() == made.keys()
-        for key, velocity in made.items():
-            assert difference(recorded[key], velocity) < 1e-5, key
+        for guidance, tolerance in TOLERANCE.items():
+            for channels in cases.CHANNELS:
+                key = make.name(channels, guidance)
+                assert difference(recorded[key], made.pop(key)) < tolerance, key
+    assert not made
 
 
 @judges.needs_diffusers

@@ -254,6 +254,8 @@ def _window(profile: Profile, task: tasks.Task, image: np.ndarray, mask: np.ndar
     if profile.side:
         close = mask is not None and options.crop != "none"
         window = crop.square(mask, task.share, profile.side // CELL) if close else crop.whole_square(size)
+        if window.height > max(size) and not task.square:  # what is there would be seen smaller than it need be
+            window = crop.whole_square(size)
         return window, canvas, (profile.side, profile.side)
     seen = crop.middle(size)
     too_much = size != (seen.height, seen.width) or size[0] * size[1] > canvas.max_tokens * TOKEN**2

@@ -105,6 +105,10 @@ def infer(tasks: Mapping[str, Task], prompt: str, image: bool, mask: bool, refer
     for name, task in tasks.items():
         if prompt.strip().lower().startswith(task.starts) and not _faults(task, image, mask, references):
             return name
+    fitting = [f"{name} ({task.about})" for name, task in tasks.items() if not _faults(task, image, mask, references)]
+    if fitting:
+        raise UserError(f"the prompt {prompt!r} is for none of the tasks that take {_listed(image, mask, references)}: "
+                        f"{'; '.join(fitting)}")
     raise UserError(f"no task takes {_listed(image, mask, references)}; the tasks are {', '.join(tasks)}")
 
 

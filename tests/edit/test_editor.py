@@ -280,6 +280,20 @@ def test_the_small_weights_see_squares_and_boxes():
     assert editor.canvases[-1].widths == (64, 64)
 
 
+def test_what_fills_most_of_a_picture_is_seen_as_large_as_can_be():
+    image, mask = picture(300, 500), np.zeros((300, 500), np.uint8)
+    mask[:, 20:480] = 255
+    for prompt, side in (("make it blue", 500), ("remove it", 500), ("a red heart", 600)):
+        (result,) = White(SMALLEST).edit([Request(prompt, None, image, mask)])
+        assert result.window.height == result.window.width == side
+
+
+def test_words_that_need_a_mask_are_told_without_one():
+    for prompt in ("a red heart", "make it blue"):
+        with pytest.raises(UserError, match=f"prompt '{prompt}' is for none of the tasks that take a picture: remove"):
+            White(SMALLEST)(None, prompt, image=picture(64, 64))
+
+
 def test_a_mask_of_parts_is_told_as_it_is():
     image, mask = picture(300, 600), np.zeros((300, 600), np.uint8)
     mask[100:200, 20:120] = mask[100:200, 480:580] = 255  # in the middle of their box there is nothing of them
@@ -328,7 +342,8 @@ def test_pixels_that_do_not_change_are_kept(profile, paste, masked):
     editor = Painter(profile)
     editor._decode = lambda latents: np.full_like(latents, 104 / 127.5 - 1)
     options = Options(crop="none", paste=paste)
-    result, raw = (editor.edit([Request("make it red", image=image, mask=mask if masked else None)], one)[0].picture
+    request = Request("make the star red", image=image, mask=mask if masked else None)
+    result, raw = (editor.edit([request], one)[0].picture
                    for one in (options, dataclasses.replace(options, paste="off")))
     painted = np.zeros((128, 128), bool)
     painted[:, :64] = True

@@ -47,7 +47,7 @@ class Sampler:
             raise ValueError(f"the model reads {config.in_channels} channels; known: {', '.join(map(str, INPUTS))}")
         if mesh is not None:
             rules.check_heads(mesh, config.num_heads)
-            execution = dataclasses.replace(execution, constrain=rules.constrain(mesh), share=rules.share(mesh))
+            execution = dataclasses.replace(execution, constrain=rules.constrain(mesh), gather=rules.gather(mesh), share=rules.share(mesh))
         self.config, self.execution, self.mesh, self.offload = config, execution, mesh, offload
         first, rest = split({"params": params, "quant": quant})
         self._first, self._rest = jax.device_get(first) if offload else self.place(first), self.place(rest)

@@ -193,6 +193,12 @@ def keep(x: "jax.Array", kind: str) -> "jax.Array":
     return x
 
 
+def stored(kernel: "jax.Array", path: str) -> "jax.Array":
+    """The default `Execution.gather`: multiply with a kernel where it lies."""
+    del path
+    return kernel
+
+
 def whole(attention: "Callable[..., jax.Array]") -> "Callable[..., jax.Array]":
     """The default `Execution.share`: attention as it is."""
     return attention
@@ -212,6 +218,8 @@ class Execution:
       constrain: `f(x, kind)` pins an activation's sharding. The kinds: "hidden" [B, S, D], a stream and what is added
         to it; "modulation" [B, vectors, D]; "heads" [B, S, H, head_dim], queries, keys and values on their way into
         attention; "tokens" [B, S, H, head_dim], what comes out of it.
+      gather: `f(kernel, path)` brings the parts of a sharded kernel together just before it meets an activation; the
+        path names the layer and the leaf ("single_blocks/mlp_in/kernel").
       share: makes of attention `f(q, k, v, lengths)` one that each device runs on its own samples and heads.
     """
 
@@ -219,6 +227,7 @@ class Execution:
     attention: str = "auto"
     remat: str = "none"
     constrain: "Callable[[jax.Array, str], jax.Array]" = keep
+    gather: "Callable[[jax.Array, str], jax.Array]" = stored
     share: "Callable[[Callable[..., jax.Array]], Callable[..., jax.Array]]" = whole
 
     def __post_init__(self):

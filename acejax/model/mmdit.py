@@ -91,17 +91,18 @@ class StreamLayers(nn.Module):
     parallel: bool = False
 
     def setup(self):
-        c, dtype = self.config, self.execution.dtype
-        self.modulation = Dense((3 if self.parallel else 6, c.hidden_size), dtype, zero=True)
-        self.qkv = Dense((3, c.num_heads, c.head_dim), dtype)
+        c = self.config
+        dense = functools.partial(Dense, dtype=self.execution.dtype, gather=self.execution.gather)
+        self.modulation = dense((3 if self.parallel else 6, c.hidden_size), zero=True)
+        self.qkv = dense((3, c.num_heads, c.head_dim), heads_first=True)
         self.query_norm = Scale(c.head_dim)
         self.key_norm = Scale(c.head_dim)
-        self.proj = Dense((c.hidden_size,), dtype)
-        self.mlp_in = Dense((c.mlp_size,), dtype)
-        self.mlp_out = Dense((c.hidden_size,), dtype, use_bias=not self.parallel)  # linear2 has one bias: proj's
+        self.proj = dense((c.hidden_size,))
+        self.mlp_in = dense((c.mlp_size,))
+        self.mlp_out = dense((c.hidden_size,), use_bias=not self.parallel)  # linear2 has one bias: proj's
 
     def before(self, x: jax.Array, vec: jax.Array | None, modulation: jax.Array | None):
-        """x [B, S, D] -> (q, k, v), each [B, S, heads, head_dim], and what `after` needs.
+        """x [B, S, D] -> (q, k, v), each [B, heads, S, head_dim], and what `after` needs.
 
         `modulation` [B, vectors, D] is what the layer would make of `vec` [B, D]; one of the two is given.
         """
@@ -109,7 +110,7 @@ class StreamLayers(nn.Module):
         modulation = self.execution.constrain(modulation, "modulation")
         shift, scale, *rest = jnp.split(modulation[:, :, None], 3 if self.parallel else 6, axis=1)
         y = self.execution.constrain(modulated_norm(x, shift[:, 0], scale[:, 0]), "hidden")
-        q, k, v = (self.execution.constrain(part, "heads") for part in jnp.moveaxis(self.qkv(y), -3, 0))
+        q, k, v = (self.execution.constrain(part, "heads") for part in self.qkv(y))
         return (self.query_norm(q), self.key_norm(k), v), (x, y, [part[:, 0] for part in rest])
 
     def after(self, attended: jax.Array, kept) -> jax.Array:
@@ -140,7 +141,8 @@ def attend(qkv, rope, lengths, execution: Execution) -> jax.Array:
     """Joint attention of q, k, v over all their tokens, positions applied; named so that remat can keep it."""
     q, k, v = qkv
     each = execution.share(functools.partial(attention, implementation=execution.attention))
-    return checkpoint_name(each(apply_rope(q, *rope), apply_rope(k, *rope), v, lengths), "attention")
+    q, k, v = (x.swapaxes(1, 2) for x in (apply_rope(q, *rope), apply_rope(k, *rope), v))
+    return checkpoint_name(each(q, k, v, lengths), "attention")
 
 
 class DoubleBlock(nn.Module):
@@ -157,7 +159,7 @@ class DoubleBlock(nn.Module):
         modulation = modulation or {}
         text_qkv, text_kept = text_stream.before(text, vec, modulation.get("txt"))
         image_qkv, image_kept = image_stream.before(image, vec, modulation.get("img"))
-        qkv = [jnp.concatenate(pair, axis=1) for pair in zip(text_qkv, image_qkv, strict=True)]
+        qkv = [jnp.concatenate(pair, axis=2) for pair in zip(text_qkv, image_qkv, strict=True)]
         attended = attend(qkv, rope, lengths, self.execution)
         text, image = (self.execution.constrain(x, "hidden") for x in (
             text_stream.after(attended[:, :text.shape[1]], text_kept),

@@ -4,6 +4,7 @@ One rule set serves parameters, LoRA, quantised kernels, optimizer state and any
 names. A spec names the trailing axes of a leaf, so stacked leaves [layers, in, out] need no rule of their own.
 """
 
+import functools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -50,14 +51,17 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
     def place(keys, leaf):
         path = path_of(keys)
         spec = next(spec for pattern, spec in RULES if re.search(pattern, path))
-        if len(spec) > leaf.ndim:
-            return NamedSharding(mesh, P())
-        spec = (None,) * (leaf.ndim - len(spec)) + spec
-        fits = (axis if axis and size % mesh.shape[axis] == 0 else None
-                for axis, size in zip(spec, leaf.shape, strict=True))
-        return NamedSharding(mesh, P(*fits))
+        return NamedSharding(mesh, _fit(spec, leaf.shape, mesh))
 
     return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def _fit(spec: tuple[Any, ...], shape: tuple[int, ...], mesh: Mesh) -> P:
+    """The spec of a leaf's trailing axes for its whole shape; an axis that does not divide its dimension is left out."""
+    if len(spec) > len(shape):
+        return P()
+    spec = (None,) * (len(shape) - len(spec)) + spec
+    return P(*(axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(spec, shape, strict=True)))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -90,8 +94,8 @@ def constrain(mesh: Mesh) -> Callable[[jax.Array, str], jax.Array]:
     product over a kernel that lies over both `tensor` and `fsdp`, times a gate over `tensor` (jax 0.10 to 0.12).
     """
     hidden, tokens = P(BATCH_AXES, "seq", None), P(BATCH_AXES, "seq", "tensor", None)
-    ways = {"hidden": (hidden,), "modulation": (P(BATCH_AXES, None, None),), "heads": (tokens, HEADS),
-            "tokens": (HEADS, tokens)}
+    ways = {"hidden": (hidden,), "modulation": (P(BATCH_AXES, None, None),),
+            "heads": (_heads_first(tokens), _heads_first(HEADS)), "tokens": (HEADS, tokens)}
 
     def pin(x: jax.Array, kind: str) -> jax.Array:
         for spec in ways[kind]:
@@ -99,6 +103,33 @@ def constrain(mesh: Mesh) -> Callable[[jax.Array, str], jax.Array]:
         return x
 
     return pin
+
+
+def gather(mesh: Mesh) -> Callable[[jax.Array, str], jax.Array]:
+    """The `Execution.gather` of a mesh: a kernel's parts over `fsdp` are brought together before its product, and what
+    it gets back as gradient is summed into them. `tensor` stays as it lies.
+    """
+    @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+    def whole(kernel, path):
+        return jax.lax.with_sharding_constraint(kernel, place(kernel, path, keep_fsdp=False))
+
+    def forward(kernel, path):
+        return whole(kernel, path), None
+
+    def backward(path, _, gradient):
+        return (jax.lax.with_sharding_constraint(gradient, place(gradient, path, keep_fsdp=True)),)
+
+    def place(kernel, path, keep_fsdp):
+        spec = _fit(next(spec for pattern, spec in RULES if re.search(pattern, path)), kernel.shape, mesh)
+        return NamedSharding(mesh, spec if keep_fsdp else P(*(None if axis == "fsdp" else axis for axis in spec)))
+
+    whole.defvjp(forward, backward)
+    return lambda kernel, path: kernel if "modulation" in path else whole(kernel, path)
+
+
+def _heads_first(spec: P) -> P:
+    batch, tokens, heads, size = spec
+    return P(batch, heads, tokens, size)
 
 
 def share(mesh: Mesh) -> Callable[[Callable[..., jax.Array]], Callable[..., jax.Array]]:

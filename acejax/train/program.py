@@ -45,7 +45,7 @@ class Program:
     def of(cls, run: TrainConfig, mesh: Mesh, references: int, tasks: int) -> "Program":
         """For data of so many references and tasks."""
         how = run.execution
-        execution = Execution(how.dtype, how.attention, how.remat, rules.constrain(mesh), rules.share(mesh))
+        execution = Execution(how.dtype, how.attention, how.remat, rules.constrain(mesh), rules.gather(mesh), rules.share(mesh))
         setting, optimizer = run.setting(execution, references, tasks), make_optimizer(run.optimizer, run.steps)
         params = frozen = None
         if run.lora:

@@ -4,6 +4,7 @@ One rule set serves parameters, LoRA, quantised kernels, optimizer state and any
 names. A spec names the trailing axes of a leaf, so stacked leaves [layers, in, out] need no rule of their own.
 """
 
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from acejax.errors import UserError
+from acejax.parallel import mesh as meshes
 
 RULES = (
     (r"/v_(row|col)/", ()),  # Adafactor's means over one axis of a kernel: small, and of other axes than the kernel's
@@ -33,7 +35,10 @@ RULES = (
     (r"/b$", (None, "tensor")),
     (r"", ()),
 )
-BATCH_AXES = ("data", "fsdp")
+# In this order. With ("data", "fsdp") XLA swaps rows of a product without a word (CPU, GPU and TPU, jax 0.4.30 to 0.12)
+# where its inputs lie over `tensor`, its kernel over (tensor, fsdp), fsdp = tensor and data > 1.
+# `acejax.parallel.swaps` finds it in a compiled program.
+BATCH_AXES = ("fsdp", "data")
 HEADS = P(BATCH_AXES, None, ("tensor", "seq"), None)  # [B, S, heads, head_dim] in attention: all tokens of some heads
 
 
@@ -45,15 +50,21 @@ def path_of(keys: tuple[Any, ...]) -> str:
 def shardings(tree: Any, mesh: Mesh) -> Any:
     """A NamedSharding for each leaf (array or ShapeDtypeStruct) by the first rule that matches its path.
 
-    An axis that does not divide its dimension is left out, so tiny models run on any mesh.
+    An axis that does not divide its dimension, or that the mesh does not have, is left out: so tiny models run on any
+    mesh.
+
+    Raises:
+      UserError: a mesh whose axes have other names or are not Auto (`acejax.make_mesh` makes one).
     """
+    meshes.check(mesh)
+
     def place(keys, leaf):
         path = path_of(keys)
         spec = next(spec for pattern, spec in RULES if re.search(pattern, path))
         if len(spec) > leaf.ndim:
             return NamedSharding(mesh, P())
         spec = (None,) * (leaf.ndim - len(spec)) + spec
-        fits = (axis if axis and size % mesh.shape[axis] == 0 else None
+        fits = (axis if axis in mesh.shape and size % mesh.shape[axis] == 0 else None
                 for axis, size in zip(spec, leaf.shape, strict=True))
         return NamedSharding(mesh, P(*fits))
 
@@ -61,19 +72,35 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Samples over the data and fsdp axes."""
-    return NamedSharding(mesh, P(BATCH_AXES))
+    """Samples over the fsdp and data axes."""
+    meshes.check(mesh)
+    return NamedSharding(mesh, on(mesh, P(BATCH_AXES)))
+
+
+def on(mesh: Mesh, spec: P) -> P:
+    """A spec without the axes that a mesh does not have: they count as 1."""
+    def kept(axes: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+        if axes is None or isinstance(axes, str):
+            return axes if axes in mesh.shape else None
+        return tuple(axis for axis in axes if axis in mesh.shape) or None
+
+    return P(*map(kept, spec))
+
+
+def parts(mesh: Mesh, *axes: str) -> int:
+    """Into how many parts these axes of a mesh cut something."""
+    return math.prod(mesh.shape.get(axis, 1) for axis in axes)
 
 
 def batch_parts(mesh: Mesh, accumulate: int = 1) -> int:
     """Into how many parts a batch falls: over devices, and one after the other."""
-    return mesh.shape["data"] * mesh.shape["fsdp"] * accumulate
+    return parts(mesh, *BATCH_AXES) * accumulate
 
 
 def check_batch(mesh: Mesh, batch_size: int, accumulate: int = 1) -> None:
     """Raises UserError when a batch of this many samples does not fall into equal parts."""
-    if batch_size % (parts := batch_parts(mesh, accumulate)):
-        steps = f", in {accumulate} parts one after the other: {parts}" if accumulate > 1 else ""
+    if batch_size % (count := batch_parts(mesh, accumulate)):
+        steps = f", in {accumulate} parts one after the other: {count}" if accumulate > 1 else ""
         raise UserError(f"batch size {batch_size} is not a multiple of data x fsdp = {batch_parts(mesh)} of the mesh"
                         f"{steps}")
 
@@ -89,13 +116,14 @@ def constrain(mesh: Mesh) -> Callable[[jax.Array, str], jax.Array]:
     the cotangent too) backward. Where XLA chose, it computed wrong sums, silently, on data 2 x fsdp 2 x tensor 2: a
     product over a kernel that lies over both `tensor` and `fsdp`, times a gate over `tensor` (jax 0.10 to 0.12).
     """
+    meshes.check(mesh)
     hidden, tokens = P(BATCH_AXES, "seq", None), P(BATCH_AXES, "seq", "tensor", None)
     ways = {"hidden": (hidden,), "modulation": (P(BATCH_AXES, None, None),), "heads": (tokens, HEADS),
             "tokens": (HEADS, tokens)}
 
     def pin(x: jax.Array, kind: str) -> jax.Array:
         for spec in ways[kind]:
-            x = jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+            x = jax.lax.with_sharding_constraint(x, NamedSharding(mesh, on(mesh, spec)))
         return x
 
     return pin
@@ -103,8 +131,11 @@ def constrain(mesh: Mesh) -> Callable[[jax.Array, str], jax.Array]:
 
 def share(mesh: Mesh) -> Callable[[Callable[..., jax.Array]], Callable[..., jax.Array]]:
     """The `Execution.share` of a mesh: attention falls apart by samples and heads. TPU kernels must be told so."""
+    meshes.check(mesh)
+    heads = on(mesh, HEADS)
+
     def each(attention: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-        return jax.shard_map(attention, mesh=mesh, in_specs=(HEADS, HEADS, HEADS, P(BATCH_AXES)), out_specs=HEADS,
+        return jax.shard_map(attention, mesh=mesh, in_specs=(heads,) * 3 + (on(mesh, P(BATCH_AXES)),), out_specs=heads,
                              check_vma=False)  # kernels do not say over which axes their results vary
 
     return each
@@ -112,11 +143,11 @@ def share(mesh: Mesh) -> Callable[[Callable[..., jax.Array]], Callable[..., jax.
 
 def check_heads(mesh: Mesh, heads: int) -> None:
     """Raises UserError when a model's attention heads do not fall into equal parts."""
-    if heads % (parts := mesh.shape["tensor"] * mesh.shape["seq"]):
-        raise UserError(f"config.model.num_heads is {heads}, no multiple of tensor x seq = {parts} of the mesh")
+    if heads % (count := parts(mesh, "tensor", "seq")):
+        raise UserError(f"config.model.num_heads is {heads}, no multiple of tensor x seq = {count} of the mesh")
 
 
 def check_tokens(mesh: Mesh, name: str, tokens: int) -> None:
     """Raises UserError when a sample's tokens, of which `name` tells, do not fall into equal parts."""
-    if tokens % (parts := mesh.shape["seq"]):
-        raise UserError(f"{name}: {tokens} tokens are no multiple of the mesh's seq = {parts}")
+    if tokens % (count := parts(mesh, "seq")):
+        raise UserError(f"{name}: {tokens} tokens are no multiple of the mesh's seq = {count}")

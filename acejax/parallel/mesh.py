@@ -14,6 +14,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 from acejax.errors import UserError
 
 AXES = ("data", "fsdp", "tensor", "seq")
+TYPES = (AxisType.Auto,) * len(AXES)  # always said: jax.make_mesh's default is Explicit, and since 0.12 AbstractMesh's
 
 
 def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[jax.Device] | None = None, *,
@@ -49,12 +50,12 @@ def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[jax.Devi
     data, *rest = _sizes(shape, len(devices), len(groups))
     within = (data // len(groups), *rest)
     grid = np.concatenate([_grid(within, group) for group in groups])  # one after the other along `data`
-    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return Mesh(grid, AXES, axis_types=TYPES)
 
 
 def abstract_mesh(shape: Mapping[str, int], devices: int, slices: int = 1) -> AbstractMesh:
     """As `make_mesh`, over so many devices that need not be there: rules tell shapes by it."""
-    return AbstractMesh(_sizes(shape, devices, slices), AXES)
+    return AbstractMesh(_sizes(shape, devices, slices), AXES, axis_types=TYPES)
 
 
 def check(mesh: Mesh | AbstractMesh) -> None:

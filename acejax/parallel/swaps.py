@@ -31,7 +31,7 @@ def swaps(hlo: str, shape: Mapping[str, int]) -> tuple[str, ...]:
         return ()
     places = np.arange(np.prod(sizes)).reshape(data, fsdp, -1)
     order = places.swapaxes(0, 1).reshape(data * fsdp, -1)  # of the same rows in (fsdp, data)
-    there = frozenset((source, target) for source, target in zip(places.flat, order.flat, strict=True) if source != target)
+    there = frozenset((int(one), int(other)) for one, other in zip(places.flat, order.flat, strict=True) if one != other)
     back = frozenset((target, source) for source, target in there)
     return tuple(line.strip() for line in hlo.splitlines() if _moved(line) in (there, back))
 

@@ -16,7 +16,10 @@ from acejax.parallel.mesh import AXES
 
 
 def swaps(hlo: str, shape: Mapping[str, int]) -> tuple[str, ...]:
-    """The collective-permutes that exchange the batch orders (data, fsdp) and (fsdp, data); there should be none.
+    """The collective-permutes that exchange the batch orders (data, fsdp) and (fsdp, data).
+
+    There should be none in a transformer's program. Convolutions have some that are right: of channels that XLA has
+    split over the batch axes, each device with all rows.
 
     Args:
       hlo: a compiled program, of any backend (`jax.stages.Compiled.as_text`).
@@ -31,7 +34,8 @@ def swaps(hlo: str, shape: Mapping[str, int]) -> tuple[str, ...]:
         return ()
     places = np.arange(np.prod(sizes)).reshape(data, fsdp, -1)
     order = places.swapaxes(0, 1).reshape(data * fsdp, -1)  # of the same rows in (fsdp, data)
-    there = frozenset((int(one), int(other)) for one, other in zip(places.flat, order.flat, strict=True) if one != other)
+    pairs = zip(places.ravel().tolist(), order.ravel().tolist(), strict=True)
+    there = frozenset((source, target) for source, target in pairs if source != target)
     back = frozenset((target, source) for source, target in there)
     return tuple(line.strip() for line in hlo.splitlines() if _moved(line) in (there, back))
 

@@ -44,7 +44,8 @@ def test_splash_lowers_with_its_gradient_for_tpu():
 
 def test_splash_lowers_on_a_mesh_for_tpu():
     """Each device's kernels have its own samples (8 over data x fsdp) and heads (24 over tensor x seq)."""
-    share = rules.share(abstract_mesh(dict.fromkeys(AXES, 2), 16))(functools.partial(attention, implementation="splash"))
+    mesh = abstract_mesh(dict.fromkeys(AXES, 2), 16)
+    share = rules.share(mesh)(functools.partial(attention, implementation="splash"))
 
     def loss(q, k, v, lengths):
         return share(q, k, v, lengths).astype(jnp.float32).sum()

@@ -108,8 +108,9 @@ def gradient(mesh: Mesh | None, params: Trees, rows: Any, of: str) -> Made:
 
 
 def fused(mesh: Mesh | None, params: Trees, rows: Any) -> Made:
-    """Moments after a fused step, the gradient's squares, and metrics of the next. Not the parameters: the first update
-    has the gradient's sign alone, be it ever so small. A run on several devices refuses the step; it would be right."""
+    """Sizes of the gradient of a fused step, by its moments, and metrics of the next. Not the parameters: the first
+    update has the gradient's sign alone, be it ever so small. A run on several devices refuses the step; it would be
+    right."""
     config = small.make_config()
     config.model.update(SHAPE)
     config.optimizer.update({"name": "adafactor", "clip": 0.0, "learning_rate": 1e-2, "warmup": 0, "fused": True})
@@ -122,9 +123,9 @@ def fused(mesh: Mesh | None, params: Trees, rows: Any) -> Made:
     rows = jax.device_put(rows, rules.batch_sharding(mesh))
     compiled = program.step.lower(state, rows, frozen=program.frozen).compile()
     state, _ = compiled(state, rows, frozen=program.frozen)
-    moments = jax.device_get(state.opt_state)
+    sizes = jax.tree.map(np.sqrt, jax.device_get(state.opt_state))
     _, metrics = compiled(state, rows, frozen=program.frozen)
-    return (moments, np.array([metrics["loss"], metrics["gradient_norm"]])), compiled.as_text()
+    return (sizes, np.array([metrics["loss"], metrics["gradient_norm"]])), compiled.as_text()
 
 
 def parts(params: dict[str, Trees]) -> Iterator[tuple[str, Callable[[Mesh | None], Made]]]:

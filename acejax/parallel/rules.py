@@ -35,7 +35,7 @@ RULES = (
     (r"/b$", (None, "tensor")),
     (r"", ()),
 )
-# In this order. With ("data", "fsdp") XLA swaps rows of a product without a word (CPU, GPU and TPU, jax 0.4.30 to 0.12)
+# In this order. With ("data", "fsdp") XLA swaps rows of a product without a word (on CPU and TPU, jax 0.4.30 to 0.12)
 # where its inputs lie over `tensor`, its kernel over (tensor, fsdp), fsdp = tensor and data > 1.
 # `acejax.parallel.swaps` finds it in a compiled program.
 BATCH_AXES = ("fsdp", "data")

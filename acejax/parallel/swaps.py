@@ -1,6 +1,6 @@
 """Rows of a batch that XLA has swapped, told from the text of a compiled program.
 
-XLA (CPU, GPU and TPU; jax 0.4.30 to 0.12) computes x @ w wrongly, without a word, where x's rows lie over (data, fsdp)
+XLA (for CPU and TPU; jax 0.4.30 to 0.12) computes x @ w wrongly, without a word, where x's rows lie over (data, fsdp)
 and its inputs over `tensor`, w over (tensor, fsdp), and the result over (data, fsdp) and `tensor`, with fsdp = tensor
 and data > 1: it sends rows from the place that they have in the order (data, fsdp) to the one that they would have in
 the order (fsdp, data), and never back. With batches over (fsdp, data), as `rules.BATCH_AXES` has them, it does not.

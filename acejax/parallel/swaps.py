@@ -16,21 +16,21 @@ from acejax.parallel.mesh import AXES
 
 
 def swaps(hlo: str, shape: Mapping[str, int]) -> tuple[str, ...]:
-    """The collective-permutes that exchange the batch orders (data, fsdp) and (fsdp, data).
+    """The collective-permutes that exchange the batch orders (data, fsdp) and (fsdp, data); there should be none.
 
-    There should be none in a transformer's program. Convolutions have some that are right: of channels that XLA has
-    split over the batch axes, each device with all rows.
+    Where `tensor` is 1 XLA swaps nothing, and has permutes like these that are right: of a gather's indices, of channels
+    of a convolution that it has split over the batch axes.
 
     Args:
       hlo: a compiled program, of any backend (`jax.stages.Compiled.as_text`).
       shape: the mesh's axes, in the order of `acejax.make_mesh`; an axis not named is 1.
 
     Returns:
-      Their lines. Empty for a mesh on which both orders are one.
+      Their lines. Empty for a mesh on which both orders are one, or `tensor` is 1.
     """
     sizes = [shape.get(axis, 1) for axis in AXES]
-    data, fsdp = sizes[:2]
-    if min(data, fsdp) == 1:
+    data, fsdp, tensor, _ = sizes
+    if min(data, fsdp, tensor) == 1:
         return ()
     places = np.arange(np.prod(sizes)).reshape(data, fsdp, -1)
     order = places.swapaxes(0, 1).reshape(data * fsdp, -1)  # of the same rows in (fsdp, data)

@@ -55,6 +55,7 @@ CPU = "ROOT %collective-permute = f32[2,8]{1,0} collective-permute(%param), chan
     ("{0,4},{4,0},{1,5},{5,1},{2,6},{6,2},{3,7},{7,3}", MIXED, False),  # a ring over `data`
     ("{0,0},{1,2},{4,4},{5,6},{2,1},{3,3},{6,5},{7,7}", MIXED, False),  # fsdp for tensor: no rows between data
     ("{2,4},{4,2},{3,5},{5,3}", {"fsdp": 4, "tensor": 2}, False),  # one batch axis has one order
+    ("{1,2},{2,4},{3,6},{4,1},{5,3},{6,5}", {"data": 4, "fsdp": 2}, False),  # nothing over `tensor`: a gather's indices
 ])
 def test_the_sign_in_the_text_of_cpu_and_tpu_programs(pairs, shape, seen):
     for line in (V6E, CPU):

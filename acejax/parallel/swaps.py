@@ -18,8 +18,8 @@ from acejax.parallel.mesh import AXES
 def swaps(hlo: str, shape: Mapping[str, int]) -> tuple[str, ...]:
     """The collective-permutes that exchange the batch orders (data, fsdp) and (fsdp, data); there should be none.
 
-    Where `tensor` is 1 XLA swaps nothing, and has permutes like these that are right: of a gather's indices, of channels
-    of a convolution that it has split over the batch axes.
+    Where `tensor` is 1 XLA swaps nothing, and has permutes like these that are right: of a gather's indices, of a
+    convolution's channels that it has split over the batch axes.
 
     Args:
       hlo: a compiled program, of any backend (`jax.stages.Compiled.as_text`).

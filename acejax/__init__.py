@@ -28,11 +28,11 @@ _LAZY = {"flow": "acejax.flow", "lcu": "acejax.lcu", "model": "acejax.model", "a
          "load_mmdit": "acejax.weights.load", "load_autoencoder": "acejax.weights.load",
          "load_t5": "acejax.weights.load", "load_clip": "acejax.weights.load", "save_model": "acejax.weights.save",
          "load_lora": "acejax.weights.lora_formats", "save_lora": "acejax.weights.lora_formats",
-         "merge_lora": "acejax.adapt.lora", "Editor": "acejax.edit.editor"}
+         "merge_lora": "acejax.adapt.lora", "make_mesh": "acejax.parallel.mesh", "Editor": "acejax.edit.editor"}
 
 __all__ = ["AutoencoderConfig", "CLIPConfig", "Editor", "Execution", "MMDiTConfig", "T5Config", "Tokens", "UserError",
            "apply", "autoencoder", "clip", "flow", "init", "lcu", "load_autoencoder", "load_clip", "load_lora",
-           "load_mmdit", "load_t5", "merge_lora", "save_lora", "save_model", "t5"]
+           "load_mmdit", "load_t5", "make_mesh", "merge_lora", "save_lora", "save_model", "t5"]
 
 
 def __getattr__(name: str):

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import xxhash
 from etils import epath
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from acejax.data.hashes import Hashes
 from acejax.data.latents import EncodePictures
@@ -24,6 +24,7 @@ from acejax.data.text import Tokenizers
 from acejax.errors import UserError
 from acejax.model import autoencoder, clip, t5
 from acejax.model.config import AutoencoderConfig, CLIPConfig, T5Config
+from acejax.parallel import rules
 from acejax.parallel.mesh import make_mesh
 from acejax.weights import load
 from acejax.weights.identify import Model, open_model
@@ -97,7 +98,7 @@ class Encoders:
 
         Args:
           config: where they are.
-          mesh: batches are split over its `data` axis; None is all devices of this process.
+          mesh: batches are split over its `fsdp` and `data` axes; None is all devices of this process.
           notes: a file that keeps the hashes of weights, by path, size and time of change.
 
         Raises:
@@ -199,9 +200,9 @@ def _own_devices() -> Mesh:
 
 
 def _split(mesh: Mesh, *arrays: np.ndarray) -> list[jax.Array]:
-    """Rows over the mesh's `data` axis; the last one is repeated until they divide."""
-    sharding = NamedSharding(mesh, PartitionSpec("data"))
-    short = -len(arrays[0]) % mesh.shape["data"]
+    """Rows over the mesh; the last one is repeated until they divide."""
+    sharding = rules.batch_sharding(mesh)
+    short = -len(arrays[0]) % rules.batch_parts(mesh)
     return [jax.device_put(np.concatenate([array, np.repeat(array[-1:], short, 0)]) if short else array, sharding)
             for array in arrays]
 

@@ -32,7 +32,7 @@ class Sampler:
       params: its parameters, on devices or on the host. With `offload`, hand over the only reference.
       quant: kernels in eight bits (`acejax.adapt.quantize`), which `params` then lacks.
       execution: how it is computed; on a mesh, its pins are the mesh's.
-      mesh: parameters are sharded by `acejax.parallel.rules`, samples fall over `data` and `fsdp`; None is one device.
+      mesh: parameters are sharded by `acejax.parallel.rules`, samples fall over `fsdp` and `data`; None is one device.
       offload: keep the 27 % of the parameters that make modulation on the host, and send them through the device layer
         by layer, once an edit.
 

@@ -1,7 +1,9 @@
 """Batches on the mesh: which rows of a batch a process reads, and how they become global arrays.
 
-A batch falls into as many equal parts as the mesh has places on its batch axes (`rules.batch_parts`). Processes that
-differ only along `tensor` or `seq` hold, and read, the same parts; the devices of one process need not be neighbours.
+A batch falls into as many equal parts as the mesh has places on its batch axes (`rules.batch_parts`), counted in the
+order of `rules.BATCH_AXES`, which is not that of the mesh's axes. Processes that differ only along `tensor` or `seq`
+hold, and read, the same parts; those of one process need not be neighbours. All a batch's rows are the same on any
+mesh.
 """
 
 from collections.abc import Mapping
@@ -20,7 +22,9 @@ def parts_of(mesh: Mesh, process: int | None = None) -> tuple[int, ...]:
       process: its index; None is this process.
     """
     process = jax.process_index() if process is None else process
-    places = mesh.devices.reshape(rules.batch_parts(mesh), -1)  # `data` and `fsdp` are the mesh's first axes
+    axes = list(mesh.shape)
+    first = [axes.index(axis) for axis in rules.BATCH_AXES if axis in axes]
+    places = np.moveaxis(mesh.devices, first, range(len(first))).reshape(rules.batch_parts(mesh), -1)
     return tuple(part for part, devices in enumerate(places)
                  if any(device.process_index == process for device in devices))
 

@@ -4,34 +4,101 @@ import contextlib
 import math
 import os
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from acejax.errors import UserError
 
 AXES = ("data", "fsdp", "tensor", "seq")
+TYPES = (AxisType.Auto,) * len(AXES)  # always said: jax.make_mesh's default is Explicit, and since 0.12 AbstractMesh's
 
 
-def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh over all devices, or those given.
+def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[jax.Device] | None = None, *,
+              slices: int | None = None) -> Mesh:
+    """The mesh that acejax's shardings are made for, over all devices or those given.
+
+    It always has four axes, in this order:
+
+    * `data`: copies of the model, each of which sees other samples. The only axis that may lie over a slow network.
+    * `fsdp`: samples too; parameters, gradients and optimizer state are split over it, and gathered where needed.
+    * `tensor`: attention heads, and the width of the layers.
+    * `seq`: a sample's tokens; around attention, tokens are exchanged for heads. tensor x seq must divide the heads.
+
+    All of them are `AxisType.Auto`: between the shardings that are written out, the compiler moves data as it must. A
+    mesh by `jax.make_mesh` has Explicit axes unless it is told otherwise, and is refused wherever acejax takes a mesh.
+
+        mesh = acejax.make_mesh({"fsdp": 4, "tensor": 2})    # of eight devices
+        mesh = acejax.make_mesh({"data": 2, "fsdp": -1})     # two slices, fsdp within each of them
 
     Args:
       shape: size of each axis; one may be -1 (what is left), an axis not named is 1. Default: all devices on `data`.
+      devices: default: `jax.devices()`. Those of a topology (`jax.experimental.topologies`) will do.
+      slices: groups of devices that have a fast network inside and a slow one between them: `data` alone then lies over
+        the slow one. Default: what TPUs say of themselves (`slice_index`), one of other devices. Where devices do not
+        say it, neighbours in the list make a group.
 
     Raises:
-      UserError: an unknown axis, or sizes that do not make the number of devices.
+      UserError: an unknown axis; sizes that do not make up the devices; slices that do not, or that are not what the
+        devices say; a `data` that is no multiple of them; devices that jax makes no mesh of.
     """
-    devices = jax.devices() if devices is None else devices
-    return jax.make_mesh(_sizes(shape, len(devices)), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    devices = list(jax.devices() if devices is None else devices)
+    groups = _groups(devices, slices)
+    data, *rest = _sizes(shape, len(devices), len(groups))
+    within = (data // len(groups), *rest)
+    grid = np.concatenate([_grid(within, group) for group in groups])  # one after the other along `data`
+    return Mesh(grid, AXES, axis_types=TYPES)
 
 
-def abstract_mesh(shape: Mapping[str, int], devices: int) -> AbstractMesh:
+def abstract_mesh(shape: Mapping[str, int], devices: int, slices: int = 1) -> AbstractMesh:
     """As `make_mesh`, over so many devices that need not be there: rules tell shapes by it."""
-    return AbstractMesh(_sizes(shape, devices), AXES)
+    return AbstractMesh(_sizes(shape, devices, slices), AXES, axis_types=TYPES)
 
 
-def _sizes(shape: Mapping[str, int] | None, devices: int) -> tuple[int, ...]:
+def check(mesh: Mesh | AbstractMesh) -> None:
+    """Raises UserError for a mesh whose axes have other names or are not Auto; one that it lacks counts as 1."""
+    if unknown := [axis for axis, size in mesh.shape.items() if axis not in AXES and size > 1]:
+        raise UserError(f"mesh: unknown axis {', '.join(unknown)} of {dict(mesh.shape)}; the axes are "
+                        f"{', '.join(AXES)}: acejax.make_mesh makes such a mesh")
+    if any(kind != AxisType.Auto for kind in mesh.axis_types):
+        raise UserError(f"mesh: the axes of {dict(mesh.shape)} are {', '.join(kind.name for kind in mesh.axis_types)}; "
+                        "expected Auto: acejax.make_mesh makes such a mesh, jax.make_mesh one of Explicit axes")
+
+
+def _groups(devices: Sequence[Any], slices: int | None) -> list[list[Any]]:
+    """The devices of each slice; see `make_mesh`."""
+    told = [getattr(device, "slice_index", 0) for device in devices]
+    found, tpu = sorted(set(told)), any(device.platform == "tpu" for device in devices)
+    if slices is None:
+        slices = len(found) if tpu else 1  # GPUs tell their hosts apart by it, and fsdp may well lie over hosts
+    if len(found) > 1 and (tpu or slices > 1):
+        groups = [[device for device, place in zip(devices, told, strict=True) if place == one] for one in found]
+    else:
+        size = max(1, len(devices) // max(1, slices))
+        groups = [list(devices[start:start + size]) for start in range(0, len(devices), size)]
+    sizes = [len(group) for group in groups]
+    if len(groups) != slices or len(set(sizes)) > 1:
+        raise UserError(f"mesh: {slices} equal slices expected; found {len(devices)} devices" + (
+            f" of {len(groups)} slices ({', '.join(map(str, sizes))})" if len(found) > 1 else ""))
+    return groups
+
+
+def _grid(sizes: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
+    """One slice's devices, so that neighbours on the mesh are neighbours on the network as far as that can be."""
+    try:
+        try:
+            return mesh_utils.create_device_mesh(sizes, devices)
+        except NotImplementedError:  # no way to give each axis of the mesh whole axes of the network
+            return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    except (AssertionError, NotImplementedError, ValueError) as error:
+        raise UserError(f"mesh: jax makes none of {len(devices)} devices {devices[0].device_kind!r}: {error}"
+                        ) from error
+
+
+def _sizes(shape: Mapping[str, int] | None, devices: int, slices: int = 1) -> tuple[int, ...]:
     shape = dict(shape or {"data": -1})
     unknown = set(shape) - set(AXES)
     if unknown:
@@ -44,6 +111,9 @@ def _sizes(shape: Mapping[str, int] | None, devices: int) -> tuple[int, ...]:
         sizes[sizes.index(-1)] = devices // fixed
     if math.prod(sizes) != devices or min(sizes) < 1:
         raise UserError(f"mesh: {shape} does not make up the {devices} devices at hand")
+    if sizes[0] % slices:
+        raise UserError(f"mesh: data is {sizes[0]} on {slices} slices; expected a multiple of {slices}, as data alone "
+                        "may lie over the slow network between them")
     return tuple(sizes)
 
 

@@ -5,6 +5,7 @@ names. A spec names the trailing axes of a leaf, so stacked leaves [layers, in, 
 """
 
 import functools
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from acejax.errors import UserError
+from acejax.parallel import mesh as meshes
 
 RULES = (
     (r"/v_(row|col)/", ()),  # Adafactor's means over one axis of a kernel: small, and of other axes than the kernel's
@@ -34,7 +36,10 @@ RULES = (
     (r"/b$", (None, "tensor")),
     (r"", ()),
 )
-BATCH_AXES = ("data", "fsdp")
+# In this order. With ("data", "fsdp") XLA swaps rows of a product without a word (on CPU and TPU, jax 0.4.30 to 0.12)
+# where its inputs lie over `tensor`, its kernel over (tensor, fsdp), fsdp = tensor and data > 1.
+# `acejax.parallel.swaps` finds it in a compiled program.
+BATCH_AXES = ("fsdp", "data")
 HEADS = P(BATCH_AXES, None, ("tensor", "seq"), None)  # [B, S, heads, head_dim] in attention: all tokens of some heads
 
 
@@ -46,38 +51,64 @@ def path_of(keys: tuple[Any, ...]) -> str:
 def shardings(tree: Any, mesh: Mesh) -> Any:
     """A NamedSharding for each leaf (array or ShapeDtypeStruct) by the first rule that matches its path.
 
-    An axis that does not divide its dimension is left out, so tiny models run on any mesh.
+    An axis that does not divide its dimension, or that the mesh does not have, is left out: so tiny models run on any
+    mesh.
+
+    Raises:
+      UserError: a mesh whose axes have other names or are not Auto (`acejax.make_mesh` makes one).
     """
+    meshes.check(mesh)
+
     def place(keys, leaf):
         path = path_of(keys)
-        spec = next(spec for pattern, spec in RULES if re.search(pattern, path))
-        return NamedSharding(mesh, _fit(spec, leaf.shape, mesh))
+        return NamedSharding(mesh, _fit(_rule(path), leaf.shape, mesh))
 
     return jax.tree_util.tree_map_with_path(place, tree)
 
 
+def _rule(path: str) -> tuple[Any, ...]:
+    return next(spec for pattern, spec in RULES if re.search(pattern, path))
+
+
 def _fit(spec: tuple[Any, ...], shape: tuple[int, ...], mesh: Mesh) -> P:
-    """The spec of a leaf's trailing axes for its whole shape; an axis that does not divide its dimension is left out."""
+    """The spec of a leaf's trailing axes for its whole shape, as far as the mesh has its axes and they divide it."""
     if len(spec) > len(shape):
         return P()
     spec = (None,) * (len(shape) - len(spec)) + spec
-    return P(*(axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(spec, shape, strict=True)))
+    return P(*(axis if axis in mesh.shape and size % mesh.shape[axis] == 0 else None
+               for axis, size in zip(spec, shape, strict=True)))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Samples over the data and fsdp axes."""
-    return NamedSharding(mesh, P(BATCH_AXES))
+    """Samples over the fsdp and data axes."""
+    meshes.check(mesh)
+    return NamedSharding(mesh, on(mesh, P(BATCH_AXES)))
+
+
+def on(mesh: Mesh, spec: P) -> P:
+    """A spec without the axes that a mesh does not have: they count as 1."""
+    def kept(axes: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+        if axes is None or isinstance(axes, str):
+            return axes if axes in mesh.shape else None
+        return tuple(axis for axis in axes if axis in mesh.shape) or None
+
+    return P(*map(kept, spec))
+
+
+def parts(mesh: Mesh, *axes: str) -> int:
+    """Into how many parts these axes of a mesh cut something."""
+    return math.prod(mesh.shape.get(axis, 1) for axis in axes)
 
 
 def batch_parts(mesh: Mesh, accumulate: int = 1) -> int:
     """Into how many parts a batch falls: over devices, and one after the other."""
-    return mesh.shape["data"] * mesh.shape["fsdp"] * accumulate
+    return parts(mesh, *BATCH_AXES) * accumulate
 
 
 def check_batch(mesh: Mesh, batch_size: int, accumulate: int = 1) -> None:
     """Raises UserError when a batch of this many samples does not fall into equal parts."""
-    if batch_size % (parts := batch_parts(mesh, accumulate)):
-        steps = f", in {accumulate} parts one after the other: {parts}" if accumulate > 1 else ""
+    if batch_size % (count := batch_parts(mesh, accumulate)):
+        steps = f", in {accumulate} parts one after the other: {count}" if accumulate > 1 else ""
         raise UserError(f"batch size {batch_size} is not a multiple of data x fsdp = {batch_parts(mesh)} of the mesh"
                         f"{steps}")
 
@@ -90,52 +121,57 @@ def constrain(mesh: Mesh) -> Callable[[jax.Array, str], jax.Array]:
     written out: so XLA makes one all-to-all of it, forward and backward, where one end alone gathers the sequence.
 
     Everything that is added to or multiplied with a stream is pinned as the stream is, forward and (as a pin holds for
-    the cotangent too) backward. Where XLA chose, it computed wrong sums, silently, on data 2 x fsdp 2 x tensor 2: a
-    product over a kernel that lies over both `tensor` and `fsdp`, times a gate over `tensor` (jax 0.10 to 0.12).
+    the cotangent too) backward.
     """
+    meshes.check(mesh)
     hidden, tokens = P(BATCH_AXES, "seq", None), P(BATCH_AXES, "seq", "tensor", None)
-    ways = {"hidden": (hidden,), "modulation": (P(BATCH_AXES, None, None),),
-            "heads": (_heads_first(tokens), _heads_first(HEADS)), "tokens": (HEADS, tokens)}
+    ways = {"hidden": (hidden,), "modulation": (P(BATCH_AXES, None, None),), "heads": (tokens, HEADS),
+            "tokens": (HEADS, tokens)}
 
     def pin(x: jax.Array, kind: str) -> jax.Array:
         for spec in ways[kind]:
-            x = jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+            x = jax.lax.with_sharding_constraint(x, NamedSharding(mesh, on(mesh, spec)))
         return x
 
     return pin
 
 
 def gather(mesh: Mesh) -> Callable[[jax.Array, str], jax.Array]:
-    """The `Execution.gather` of a mesh: a kernel's parts over `fsdp` are brought together before its product, and what
-    it gets back as gradient is summed into them. `tensor` stays as it lies.
+    """The `Execution.gather` of a mesh: brings a kernel's parts over `fsdp` together before its product.
+
+    Its gradient goes back as it came: summed over the batch and cut over `fsdp`, a reduce-scatter. `tensor` stays as it
+    lies. A product whose inputs lie over both is never left to XLA: it makes partial products of it that add into
+    memory, and with a batch over (data, fsdp) it has swapped rows without a word (findings/xla-swapped-rows.sh).
+
+    Modulation stays where it is: its activations are one vector a sample, its kernels a quarter of the weights.
     """
+    meshes.check(mesh)
+
+    def pinned(kernel: jax.Array, spec: P) -> jax.Array:
+        return jax.lax.with_sharding_constraint(kernel, NamedSharding(mesh, spec))
+
     @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-    def whole(kernel, path):
-        return jax.lax.with_sharding_constraint(kernel, place(kernel, path, keep_fsdp=False))
+    def together(kernel, cut):
+        return pinned(kernel, P(*(None if axis == "fsdp" else axis for axis in cut)))
 
-    def forward(kernel, path):
-        return whole(kernel, path), None
+    together.defvjp(lambda kernel, cut: (together(kernel, cut), None),
+                    lambda cut, _, gradient: (pinned(gradient, cut),))
 
-    def backward(path, _, gradient):
-        return (jax.lax.with_sharding_constraint(gradient, place(gradient, path, keep_fsdp=True)),)
+    def bring(kernel: jax.Array, path: str) -> jax.Array:
+        if "/modulation/" in path:
+            return kernel
+        return together(kernel, _fit(_rule(path), kernel.shape, mesh))
 
-    def place(kernel, path, keep_fsdp):
-        spec = _fit(next(spec for pattern, spec in RULES if re.search(pattern, path)), kernel.shape, mesh)
-        return NamedSharding(mesh, spec if keep_fsdp else P(*(None if axis == "fsdp" else axis for axis in spec)))
-
-    whole.defvjp(forward, backward)
-    return lambda kernel, path: kernel if "modulation" in path else whole(kernel, path)
-
-
-def _heads_first(spec: P) -> P:
-    batch, tokens, heads, size = spec
-    return P(batch, heads, tokens, size)
+    return bring
 
 
 def share(mesh: Mesh) -> Callable[[Callable[..., jax.Array]], Callable[..., jax.Array]]:
     """The `Execution.share` of a mesh: attention falls apart by samples and heads. TPU kernels must be told so."""
+    meshes.check(mesh)
+    heads, rows = on(mesh, HEADS), on(mesh, P(BATCH_AXES))
+
     def each(attention: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-        return jax.shard_map(attention, mesh=mesh, in_specs=(HEADS, HEADS, HEADS, P(BATCH_AXES)), out_specs=HEADS,
+        return jax.shard_map(attention, mesh=mesh, in_specs=(heads, rows, P()), out_specs=heads,
                              check_vma=False)  # kernels do not say over which axes their results vary
 
     return each
@@ -143,11 +179,11 @@ def share(mesh: Mesh) -> Callable[[Callable[..., jax.Array]], Callable[..., jax.
 
 def check_heads(mesh: Mesh, heads: int) -> None:
     """Raises UserError when a model's attention heads do not fall into equal parts."""
-    if heads % (parts := mesh.shape["tensor"] * mesh.shape["seq"]):
-        raise UserError(f"config.model.num_heads is {heads}, no multiple of tensor x seq = {parts} of the mesh")
+    if heads % (count := parts(mesh, "tensor", "seq")):
+        raise UserError(f"config.model.num_heads is {heads}, no multiple of tensor x seq = {count} of the mesh")
 
 
 def check_tokens(mesh: Mesh, name: str, tokens: int) -> None:
     """Raises UserError when a sample's tokens, of which `name` tells, do not fall into equal parts."""
-    if tokens % (parts := mesh.shape["seq"]):
-        raise UserError(f"{name}: {tokens} tokens are no multiple of the mesh's seq = {parts}")
+    if tokens % (count := parts(mesh, "seq")):
+        raise UserError(f"{name}: {tokens} tokens are no multiple of the mesh's seq = {count}")

@@ -29,7 +29,8 @@ def load_mmdit(path: Path, config: MMDiTConfig | None = None, mesh: Mesh | None 
       path: a safetensors file in BFL's layout (also with ComfyUI's or swift's prefix) or in diffusers', an index of
         shards, a folder with one of them, or a diffusers pipeline's folder. Float8 is read as bfloat16.
       config: what the file must hold; None reads it off the tensors (and a `config.json` beside them).
-      mesh: where the parameters go, by the rules of `acejax.parallel.rules`; None is the default device.
+      mesh: where the parameters go, by the rules of `acejax.parallel.rules`: one by `acejax.make_mesh`, or of some of
+        its axes and no others, all Auto. None is the default device.
       dtype: dtype of the parameters; None keeps the stored one.
       grow: widen `img_in` to 384 or 448 channels, the velocity unchanged; see `acejax.weights.identify.open_model`.
 
@@ -37,7 +38,7 @@ def load_mmdit(path: Path, config: MMDiTConfig | None = None, mesh: Mesh | None 
       The config and its parameters, shaped as by `acejax.init`.
 
     Raises:
-      UserError: see `acejax.weights.identify.open_model`.
+      UserError: another mesh; and see `acejax.weights.identify.open_model`.
     """
     return load(open_model(path, MMDiTConfig, config, grow=grow), mesh, dtype)
 

@@ -1,13 +1,15 @@
-"""`python -m tests.edit.meshed`: the sampler on meshes of eight virtual devices; prints how far it is from one device.
+"""`python -m tests.edit.meshed DEVICES SHAPES`: the sampler on meshes of virtual devices, against one device.
 
-JSON, by mesh: the greatest difference of latents in standard deviations. A batch of three is padded where it must be.
+SHAPES is JSON, a list of meshes. Prints JSON, by mesh and way: the greatest difference of latents in standard
+deviations. A batch of three is padded where it must be.
 """
 
 import json
 import os
+import sys
 
 if __name__ == "__main__":
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={sys.argv[1]}"
 
 import jax
 
@@ -17,31 +19,31 @@ from acejax.model.config import MMDiTConfig
 from acejax.parallel.mesh import make_mesh
 from acejax.weights import keymaps
 from tests import judges
-from tests.counts import count
 from tests.edit import test_sampler as one
 from tests.goldens import cases
 
-CONFIG = MMDiTConfig(**{**vars(one.CONFIG), "num_heads": 8, "axes_dim": (2, 2, 4)})  # heads for tensor x seq = 8
-MIXED = {"data": 2, "fsdp": 2, "tensor": 2}
-MESHES = count([MIXED, {"fsdp": 4, "seq": 2}], [{"data": 8}, {"fsdp": 8}, MIXED, {"fsdp": 4, "seq": 2}, {"tensor": 8}])
+HEADS = 16  # as tokens and the text's length: they fall over any axis of a mesh of 16 devices
+CONFIG = MMDiTConfig(**{**vars(one.CONFIG), "hidden_size": 8 * HEADS, "num_heads": HEADS, "axes_dim": (2, 2, 4)})
+SIZE, TEXT = {"height": 8, "width": 8}, 16
 
 
-def main() -> None:
+def main(devices: str, shapes: str) -> None:
     params = keymaps.from_foreign(CONFIG, cases.state(CONFIG).__getitem__, "bfl")
-    features, noise, lora = one.features(3), one.made_noise()[:3], one.adapted(1, CONFIG)
-    expected = Sampler(CONFIG, params)(features, noise, one.STEPS, one.GUIDANCE, lora)
-    found = {}
-    for shape in MESHES:
-        for offload in (False, True):
-            sampler = Sampler(CONFIG, params, mesh=make_mesh(shape), offload=offload)
-            made = sampler(features, noise, one.STEPS, one.GUIDANCE, lora, say=(lambda *_: None) if offload else None)
-            found[f"{shape}, offload {offload}"] = judges.difference(jax.device_get(made), expected)
+    features, noise, lora = one.features(3, **SIZE, text=TEXT), one.made_noise(**SIZE)[:3], one.adapted(1, CONFIG)
     left, quant = quantize.quantize(params)
-    expected = Sampler(CONFIG, left, quant=quant)(features, noise, one.STEPS, one.GUIDANCE)
-    made = Sampler(CONFIG, left, quant=quant, mesh=make_mesh(MIXED))(features, noise, one.STEPS, one.GUIDANCE)
-    found["int8"] = judges.difference(jax.device_get(made), expected)
+    alone = Sampler(CONFIG, params)(features, noise, one.STEPS, one.GUIDANCE, lora)
+    eight = Sampler(CONFIG, left, quant=quant)(features, noise, one.STEPS, one.GUIDANCE)
+    found = {}
+    for shape in json.loads(shapes):
+        mesh = make_mesh(shape)
+        for offload in (False, True):
+            sampler = Sampler(CONFIG, params, mesh=mesh, offload=offload)
+            made = sampler(features, noise, one.STEPS, one.GUIDANCE, lora, say=(lambda *_: None) if offload else None)
+            found[f"{shape}, offload {offload}"] = judges.difference(jax.device_get(made), alone)
+        made = Sampler(CONFIG, left, quant=quant, mesh=mesh)(features, noise, one.STEPS, one.GUIDANCE)
+        found[f"{shape}, int8"] = judges.difference(jax.device_get(made), eight)
     print(json.dumps(found))
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

@@ -21,18 +21,20 @@ from acejax.edit.sampler import Sampler, sample, split
 from acejax.edit.step_cache import full_steps
 from acejax.model import modulation
 from tests import judges, loras
+from tests.counts import count
 from tests.goldens import cases
+from tests.parallel.shapes import SWAPPING, meshes
 
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIG = loras.CONFIG
 HEIGHT, WIDTH, STEPS, GUIDANCE = 4, 6, 3, 3.5
 
 
-def features(batch=4):
+def features(batch=4, height=HEIGHT, width=WIDTH, text=cases.TEXT):
     normal = np.random.default_rng(3).standard_normal
     drawn = {name: normal((4, *shape), np.float32)[:batch] for name, shape in (
-        ("edit", (HEIGHT, WIDTH, 16)), ("modify", (HEIGHT, WIDTH, 16)), ("mask", (8 * HEIGHT, 8 * WIDTH, 1)),
-        ("text", (cases.TEXT, CONFIG.context_in_dim)), ("pooled", (CONFIG.vec_in_dim,)))}
+        ("edit", (height, width, 16)), ("modify", (height, width, 16)), ("mask", (8 * height, 8 * width, 1)),
+        ("text", (text, CONFIG.context_in_dim)), ("pooled", (CONFIG.vec_in_dim,)))}
     return drawn | {"mask": (drawn["mask"] > 0).astype(np.float32)}
 
 
@@ -65,8 +67,8 @@ def sampler():
     return Sampler(CONFIG, loras.params())
 
 
-def made_noise():
-    return np.random.default_rng(5).standard_normal((4, HEIGHT, WIDTH, 16), np.float32)
+def made_noise(height=HEIGHT, width=WIDTH):
+    return np.random.default_rng(5).standard_normal((4, height, width, 16), np.float32)
 
 
 @pytest.fixture(scope="module")
@@ -157,8 +159,12 @@ def test_a_step_cache_leaves_blocks_out(sampler, noise, alone):
 
 
 @pytest.mark.long
-def test_meshes_give_the_latents_of_one_device():
-    run = subprocess.run([sys.executable, "-m", "tests.edit.meshed"], cwd=ROOT, capture_output=True, text=True)
+@pytest.mark.parametrize("devices, shapes", [
+    (8, count([SWAPPING, {"fsdp": 4, "seq": 2}], meshes(8))),
+    pytest.param(16, meshes(16), marks=pytest.mark.soak)])
+def test_meshes_give_the_latents_of_one_device(devices, shapes):
+    run = subprocess.run([sys.executable, "-m", "tests.edit.meshed", str(devices), json.dumps(shapes)], cwd=ROOT,
+                         capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     found = json.loads(run.stdout.splitlines()[-1])
     assert all(difference < 1e-4 for difference in found.values()), found

@@ -7,12 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas.ops.tpu import splash_attention
-from jax.sharding import AbstractMesh
 
 from acejax.model.attention import _IMPLEMENTATIONS, attention
 from acejax.model.config import ATTENTION, Execution
 from acejax.parallel import rules
-from acejax.parallel.mesh import AXES
+from acejax.parallel.mesh import AXES, abstract_mesh
 
 
 def abstract(*shape, dtype=jnp.bfloat16):
@@ -45,7 +44,8 @@ def test_splash_lowers_with_its_gradient_for_tpu():
 
 def test_splash_lowers_on_a_mesh_for_tpu():
     """Each device's kernels have its own samples (8 over data x fsdp) and heads (24 over tensor x seq)."""
-    share = rules.share(AbstractMesh((2, 2, 2, 2), AXES))(functools.partial(attention, implementation="splash"))
+    mesh = abstract_mesh(dict.fromkeys(AXES, 2), 16)
+    share = rules.share(mesh)(functools.partial(attention, implementation="splash"))
 
     def loss(q, k, v, lengths):
         return share(q, k, v, lengths).astype(jnp.float32).sum()

@@ -15,12 +15,12 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 SCRIPT = """
 import functools, jax, optax
-from jax.sharding import PartitionSpec as P
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 import acejax
 from acejax.adapt.lora import init as init_lora
 from acejax.adapt.quantize import quantize
 from acejax.parallel.mesh import make_mesh
-from acejax.parallel.rules import path_of, shardings
+from acejax.parallel.rules import batch_parts, batch_sharding, constrain, path_of, shardings
 mesh = make_mesh({"data": -1, "fsdp": 2, "tensor": 2})
 assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2, "seq": 1}
 params = jax.eval_shape(functools.partial(acejax.init, acejax.MMDiTConfig()), jax.random.key(0))
@@ -54,6 +54,14 @@ one_head = acejax.MMDiTConfig.tiny(num_heads=1, axes_dim=(32, 48, 48))
 tiny = jax.eval_shape(functools.partial(acejax.init, one_head), jax.random.key(0))
 odd = {path_of(path): place.spec for path, place in jax.tree_util.tree_leaves_with_path(shardings(tiny, mesh))}
 assert odd["single_blocks/qkv/kernel"] == P(None, "fsdp", None, None, None), "one head cannot be split"
+fewer = jax.make_mesh((2, 4), ("tensor", "data"), axis_types=(AxisType.Auto,) * 2)
+placed = shardings(params, fewer)
+assert placed["double_blocks"]["img"]["qkv"]["kernel"].spec == P(None, None, None, "tensor", None)
+assert placed["single_blocks"]["mlp_out"]["kernel"].spec == P(None, "tensor", None)
+assert batch_sharding(fewer).spec == P("data") and batch_sharding(mesh).spec == P(("fsdp", "data"))
+assert batch_parts(fewer) == 4
+x = jax.jit(lambda x: constrain(fewer)(constrain(fewer)(x, "hidden")[..., None], "tokens"))(jax.numpy.ones((4, 2, 6)))
+assert x.sharding.is_equivalent_to(NamedSharding(fewer, P("data", None, "tensor")), 4), x.sharding
 """
 
 

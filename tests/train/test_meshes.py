@@ -24,7 +24,8 @@ STEPS = count(5, 20)
 ONE = count({"mixed": {"data": 2, "fsdp": 2, "tensor": 2}, "seq": {"fsdp": 4, "seq": 2}},
             {"data": {"data": 8}, "fsdp": {"fsdp": 8}, "mixed": {"data": 2, "fsdp": 2, "tensor": 2},
              "seq": {"fsdp": 4, "seq": 2}, "tensor_seq": {"fsdp": 2, "tensor": 2, "seq": 2}})
-TWO = {"fsdp": {"fsdp": 8}, "across": {"tensor": 2, "seq": 4}}  # across: a row's devices are of both processes
+TWO = {"fsdp": {"fsdp": 8}, "mixed": {"data": 2, "fsdp": 2, "tensor": 2},  # whose processes have every second part
+       "across": {"tensor": 2, "seq": 4}}  # whose rows each lie on devices of both processes
 
 
 @pytest.fixture(scope="module")

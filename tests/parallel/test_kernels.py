@@ -15,9 +15,11 @@ from acejax.model.attention import resolve
 from acejax.parallel import kernels
 from acejax.parallel.chips import topology
 from acejax.parallel.mesh import make_mesh
+from acejax.train import loop
 from acejax.train.config import ExecutionConfig, OptimizerConfig, TrainConfig
 from acejax.train.plan import plan
 from acejax.train.program import Program
+from tests.train import small
 
 
 def device(platform, version=""):
@@ -157,3 +159,14 @@ def test_the_device_is_where_arrays_go():
     assert kernels.device_of() == next(iter(jnp.zeros(1).devices()))
     last = jax.devices()[-1]
     assert kernels.device_of(make_mesh({"data": 1}, [last])) == last and kernels.platform_of(last) == last.platform
+
+
+def test_a_run_tells_of_its_longest_sequence(tmp_path, monkeypatch):
+    """Before the step is compiled."""
+    def told(*arguments):
+        raise InterruptedError(arguments)
+
+    monkeypatch.setattr(kernels, "warn_slow", told)
+    with pytest.raises(InterruptedError) as found:
+        loop.train(small.make_config(), tmp_path, small.make_stream())
+    assert found.value.args[0] == ("auto", jax.devices()[0], 12 + 3, "float32", 16, "config.execution.")

@@ -2,7 +2,7 @@
 
 `ace_plus_stage1.py` and `ace_plus_stage2.py` are the same as two runs. After a colon may stand, with commas between:
 
-* a topology (`acejax plan --help` lists them): batch size and attention kernel for it, as in `:v5e-256`;
+* a topology (`acejax plan --help` lists them): the batch size for it, as in `:v5e-256`;
 * `one-card`: Adafactor on bfloat16 parameters, block by block as their gradients come, so that 12B fit in 36 GB;
 * `reference`: the hyper-parameters of the released code (ACE_plus `train_config/ace_plus_fft.yaml`) and its canvas.
 
@@ -18,7 +18,6 @@ from acejax.parallel.chips import topology
 
 FLUX = "FLUX.1-Fill-dev"  # a pipeline's folder, as the hub has it
 TOKENS = 8192  # of a batch, on a device
-ATTENTION = {"gpu": "cudnn", "tpu": "splash"}
 
 
 def get_config(choices: str = "") -> ConfigDict:
@@ -68,8 +67,5 @@ def get_config(choices: str = "") -> ConfigDict:
             config.optimizer.update({"name": "adafactor", "param_dtype": "bfloat16", "fused": True, "clip": 0.0})
             config.data.batch_tokens = TOKENS
         else:
-            chip, devices = topology(choice)
-            config.data.batch_tokens = devices * TOKENS
-            if chip:
-                config.execution.attention = ATTENTION[chip.platform]
+            config.data.batch_tokens = topology(choice)[1] * TOKENS
     return config

@@ -9,6 +9,7 @@ from absl import flags
 from etils import epath
 from ml_collections import config_flags
 
+from acejax.cli import compiled
 from acejax.errors import UserError
 
 CPU_DEVICES = 2
@@ -32,6 +33,9 @@ def parse_flags(command: str, argv: Sequence[str], define: Define) -> flags.Flag
     """
     values = flags.FlagValues()
     define(values)
+    flags.DEFINE_string("compile_cache", None, "A folder that keeps compiled programs, so that the next start compiles "
+                        "nothing; empty: none. By default JAX_COMPILATION_CACHE_DIR, else ~/.cache/acejax/compiled.",
+                        flag_values=values)
     argv = _at_home(argv)
     if any(flag in argv for flag in ("-h", "--help")):
         print(f"usage: acejax {command} [flags]\n{values.get_help()}")
@@ -51,6 +55,8 @@ def parse_flags(command: str, argv: Sequence[str], define: Define) -> flags.Flag
             why = lines[-1].removeprefix(f"{UserError.__module__}.{UserError.__name__}: ")
             lines[0] = lines[0].removesuffix(PARSING) + why
         raise UserError(f"{command}: {lines[0]}") from error
+    if values["compile_cache"].present:
+        compiled.keep(values["compile_cache"].value)
     if rest:
         name, equals, value = rest[0].partition("=")
         hint = f"; write --config={rest[0]}" if name.endswith(".py") else _meant(name, equals + value, values)

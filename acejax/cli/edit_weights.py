@@ -10,13 +10,14 @@ from typing import Any
 
 from etils import epath
 
-from acejax.data.encoders import EncodersConfig
+from acejax.data.encoders import DTYPES, EncodersConfig
 from acejax.data.hashes import Hashes
 from acejax.edit.editor import Editor
 from acejax.edit.profile import Profile
 from acejax.edit.record import MOST_BATCH, File
 from acejax.errors import UserError
 from acejax.model.autoencoder import SMALLEST_TILE
+from acejax.parallel import kernels
 from acejax.weights import hub
 
 Lora = tuple[str, float]  # file, strength
@@ -95,11 +96,13 @@ def _released(flags: Mapping[str, Any], loras: Sequence[Lora], parity: str | Non
     from acejax.edit.annotators import annotator
     from acejax.edit.models import Models, ModelsConfig
 
+    dtype = flags["dtype"] or "bfloat16"
+    if dtype in DTYPES:  # others are told by `ModelsConfig`
+        kernels.choose("auto", kernels.device_of(), dtype, where="--")  # before anything comes from the hub
     base = flags["base"]
     base = str(hub.fetch(base)) if hub.looks_like_id(base) else base
     if missing := [part for part in PARTS if not pathlib.Path(base, part).exists()]:
         raise UserError(f"--base={base}: no {', '.join(missing)} there; expected FLUX.1's folder with its parts")
-    dtype = flags["dtype"] or "bfloat16"
     encoders = EncodersConfig(*(f"{base}/{part}" for part in PARTS[:3]), tokenizers=base, dtype=dtype,
                               tile=_tile(flags["tile"]), reference=parity == "reference")
     models = Models(ModelsConfig(flags["weights"] or base, encoders, dtype, eight_bits=flags["eight_bits"],

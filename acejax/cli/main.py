@@ -3,12 +3,12 @@
 import errno
 import importlib
 import os
-import pathlib
 import sys
 
 from absl import logging
 
 from acejax import __version__
+from acejax.cli import compiled
 from acejax.errors import UserError
 
 COMMANDS = {
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if argv[0] not in COMMANDS:
             raise UserError(f"no command {argv[0]!r}; the commands are {', '.join(COMMANDS)}")
-        _keep_compiled_programs()
+        compiled.keep()
         logging.set_verbosity(logging.FATAL)  # TFDS and Orbax speak of themselves at length, and raise besides
         command = importlib.import_module(f"acejax.cli.{argv[0]}")
         return command.main(argv[1:])
@@ -75,15 +75,6 @@ def main(argv: list[str] | None = None) -> int:
         print(f"acejax: {argv[0]} needs {module}; install it with: pip install 'acejax[{extra}]', in a checkout "
               f"pip install '.[{extra}]'", file=sys.stderr)
         return 2
-
-
-def _keep_compiled_programs() -> None:
-    """A persistent compile cache, as commands compile the same programs again; the environment can name another.
-
-    jax reads the variable when it is imported, which not every command needs.
-    """
-    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache"))
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache / "acejax" / "compiled"))
 
 
 def _usage() -> str:

@@ -24,7 +24,7 @@ from acejax.data.text import Tokenizers
 from acejax.errors import UserError
 from acejax.model import autoencoder, clip, t5
 from acejax.model.config import AutoencoderConfig, CLIPConfig, T5Config
-from acejax.parallel import rules
+from acejax.parallel import kernels, rules
 from acejax.parallel.mesh import make_mesh
 from acejax.weights import load
 from acejax.weights.identify import Model, open_model
@@ -66,6 +66,11 @@ class EncodersConfig:
                 raise UserError(f"encoders.{field} is {value!r}; expected one of {', '.join(DTYPES)}")
         if self.text_length < 2:
             raise UserError(f"encoders.text_length is {self.text_length!r}; expected 2 tokens or more")
+
+    def check_device(self, device: jax.Device) -> None:
+        """Raises UserError for a dtype in which a device has no attention."""
+        kernels.choose("xla", device, self.dtype, where="config.encoders.")
+        kernels.choose("xla", device, self.autoencoder_dtype or self.dtype, where="config.encoders.autoencoder_")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,6 +154,7 @@ class _Pictures:
     @functools.cached_property
     def _loaded(self) -> tuple[Callable[..., jax.Array], Mesh]:
         mesh, tile, dtype = self._mesh or _own_devices(), self._tile, self._dtype  # no self in the function: a cycle
+        kernels.choose("xla", kernels.device_of(mesh), dtype, where="config.encoders.")
         config, params = load.load(self._model, mesh)  # would keep the weights in memory
         params = {"encoder": params["encoder"]}
 
@@ -182,6 +188,7 @@ class _Prompts:
     @functools.cached_property
     def _loaded(self) -> tuple[Callable[..., tuple[jax.Array, jax.Array]], Mesh]:
         mesh, dtype = self._mesh or _own_devices(), self._dtype
+        kernels.choose("xla", kernels.device_of(mesh), dtype, where="config.encoders.")
         # T5 is stored in float32 as often as not, and is cast where it is used anyway
         (t5_config, t5_params), (clip_config, clip_params) = (load.load(model, mesh, dtype)
                                                               for model in self._models)

@@ -5,6 +5,7 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from etils import epath
 from jax.sharding import Mesh
 
 from acejax import fields
@@ -20,7 +21,7 @@ from acejax.data.stream import Stream, Table, batch_sizes
 from acejax.data.subset import MOST, Subset, hold_out
 from acejax.errors import UserError
 from acejax.model.config import MMDiTConfig
-from acejax.parallel import rules
+from acejax.parallel import kernels, rules
 
 
 def check(data: DataConfig, mesh: Mesh, accumulate: int = 1) -> None:
@@ -58,6 +59,8 @@ def build_features(data: DataConfig, sources: Mapping[str, Sequence[Sample]] | N
       UserError: what the sources, the encoders or `acejax.data.cache.build.build` find wrong; a stage or a weight that
         no sample has, as far as the sources tell it (manifests do); text of another width than the model's.
     """
+    if encoders is None and not epath.Path(data.cache.dir).exists():  # else what another device has made may be whole
+        data.encoders.check_device(kernels.device_of())
     if sources is None:
         sources = {name: source.open() for name, source in data.sources.items()}
     _check_stages(data.stages, sources)

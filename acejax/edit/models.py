@@ -25,9 +25,9 @@ from acejax.edit import transformer
 from acejax.edit.sampler import INPUTS, Sampler
 from acejax.errors import UserError
 from acejax.model import autoencoder
-from acejax.model.config import AutoencoderConfig, CLIPConfig, Execution, MMDiTConfig, T5Config
+from acejax.model.config import ATTENTION, AutoencoderConfig, CLIPConfig, Execution, MMDiTConfig, T5Config
 from acejax.model.mmdit import Params
-from acejax.parallel import rules
+from acejax.parallel import kernels, rules
 from acejax.parallel.mesh import make_mesh
 from acejax.weights import hub, pickles
 from acejax.weights.identify import KINDS as NAMES
@@ -48,7 +48,7 @@ class ModelsConfig:
         workdir of a run.
       encoders: what stands around it.
       dtype: of the transformer's weights and activations.
-      attention: an implementation of `acejax.model.attention`; None is the platform's fast one.
+      attention: an implementation of `acejax.model.attention`; "auto" is the platform's fast one.
       eight_bits: keep the blocks' kernels as "int8" or "float8".
       staged: read T5 and CLIP, use them, let go of them, and then read the transformer; and so again for new prompts.
       offload: keep what makes modulation on the host (6.5 GB of FLUX's).
@@ -59,14 +59,14 @@ class ModelsConfig:
     transformer: str
     encoders: EncodersConfig
     dtype: str = "bfloat16"
-    attention: str | None = None
+    attention: str = "auto"
     eight_bits: str | None = None
     staged: bool = False
     offload: bool = False
     mesh: Mapping[str, int] | None = None
 
     def __post_init__(self):
-        for field, known in (("dtype", DTYPES), ("eight_bits", (None, *KINDS))):
+        for field, known in (("dtype", DTYPES), ("attention", ATTENTION), ("eight_bits", (None, *KINDS))):
             if getattr(self, field) not in known:
                 raise UserError(f"{field} is {getattr(self, field)!r}; expected one of "
                                 f"{', '.join(str(name) for name in known if name)}")
@@ -82,11 +82,13 @@ class Models:
 
     Raises:
       UserError: what `acejax.weights.identify` finds wrong, other channels than 64, 384 or 448, a mesh that the devices
-        or the heads do not make.
+        or the heads do not make, attention or a dtype of it that the devices do not have.
     """
 
     def __init__(self, config: ModelsConfig, notes: epath.PathLike | None = None):
         self._how, self._notes = config, notes
+        kernels.choose(config.attention, kernels.device_of(), config.dtype)  # before anything is read
+        config.encoders.check_device(kernels.device_of())
         self._source = _open(config.transformer)
         self.config = self._source.config if isinstance(self._source, Model) else checkpoint.weights_config(
             self._source)
@@ -190,11 +192,8 @@ class Models:
             params, quant = jax.tree.map(lambda leaf: leaf.astype(dtype), params), None
             if how.eight_bits:
                 params, quant = quantize(params, how.eight_bits)
-        execution = Execution.for_platform(jax.default_backend())
-        execution = execution if execution.dtype == dtype else Execution(dtype)
-        if how.attention:
-            execution = dataclasses.replace(execution, attention=how.attention)
-        return Sampler(self.config, params, quant=quant, execution=execution, mesh=self._mesh, offload=how.offload)
+        return Sampler(self.config, params, quant=quant, execution=Execution(dtype, how.attention), mesh=self._mesh,
+                       offload=how.offload)
 
 
 def _open(source: str) -> Model | str:

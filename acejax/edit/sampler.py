@@ -16,7 +16,7 @@ from acejax.errors import UserError
 from acejax.model import mmdit, modulation
 from acejax.model.config import Execution, MMDiTConfig
 from acejax.model.mmdit import Params, Tokens
-from acejax.parallel import rules
+from acejax.parallel import kernels, rules
 
 Trees = dict[str, Params | None]  # params, lora, quant
 INPUTS = {64: (), 384: ("edit", "mask"), 448: ("edit", "modify", "mask")}  # of the features, by img_in's channels
@@ -31,13 +31,14 @@ class Sampler:
       config: the model; 64 channels (text to picture), 384 or 448.
       params: its parameters, on devices or on the host. With `offload`, hand over the only reference.
       quant: kernels in eight bits (`acejax.adapt.quantize`), which `params` then lacks.
-      execution: how it is computed; on a mesh, its pins are the mesh's.
+      execution: how it is computed; on a mesh, its pins are the mesh's. Attention "auto" is the fast kernel of the
+        devices that there are (`acejax.model.attention.resolve`).
       mesh: parameters are sharded by `acejax.parallel.rules`, samples fall over `fsdp` and `data`; None is one device.
       offload: keep the 27 % of the parameters that make modulation on the host, and send them through the device layer
         by layer, once an edit.
 
     Raises:
-      UserError: heads that do not fall apart over the mesh.
+      UserError: heads that do not fall apart over the mesh, or attention that the devices do not have.
       ValueError: channels that are no variant's.
     """
 
@@ -47,7 +48,8 @@ class Sampler:
             raise ValueError(f"the model reads {config.in_channels} channels; known: {', '.join(map(str, INPUTS))}")
         if mesh is not None:
             rules.check_heads(mesh, config.num_heads)
-            execution = dataclasses.replace(execution, constrain=rules.constrain(mesh), gather=rules.gather(mesh), share=rules.share(mesh))
+        self._asked, self._device = execution.attention, kernels.device_of(mesh)
+        execution = kernels.on_devices(execution, config, mesh)
         self.config, self.execution, self.mesh, self.offload = config, execution, mesh, offload
         first, rest = split({"params": params, "quant": quant})
         self._first, self._rest = jax.device_get(first) if offload else self.place(first), self.place(rest)
@@ -90,6 +92,8 @@ class Sampler:
         if self.mesh is not None:
             rules.check_tokens(self.mesh, f"a canvas of {8 * width} x {8 * height} pixels", size)
             rules.check_tokens(self.mesh, "the text", features["text"].shape[1])
+        kernels.warn_slow(self._asked, self._device, size + features["text"].shape[1], self.execution.dtype,
+                          self.config.head_dim)
         names = (*INPUTS[self.config.in_channels], "text", "pooled")
         scale = np.broadcast_to(np.asarray(0.0 if guidance is None else guidance, np.float32), batch)
         rows = self._spread({name: features[name] for name in names} | {"noise": noise, "guidance": scale})

@@ -5,11 +5,15 @@ sample, a prefix) replaces the [B, S, S] mask of ACE_plus `modules/flux.py`; bot
 padded queries return is finite and meaningless.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 LONG = 1024  # tokens above which "auto" goes by query chunks
 CHUNK = 512  # the most queries at a time
+FAST = {"gpu": "cudnn", "tpu": "splash"}  # the kernel of a platform, as `jax.default_backend()` names it
 SPLASH_BLOCK = 128
 
 
@@ -21,8 +25,9 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array | Non
       q, k, v: [B, S, heads, head_dim].
       lengths: [B] int32 valid keys of each sample, or None when all are valid.
       implementation: "xla" (plain; S x S logits in memory), "xla_chunked" (query chunks, recomputed in the backward
-        pass), "cudnn" (GPU, float16 / bfloat16), "splash" (TPU Pallas kernel), or "auto": by length alone. One runs
-        on one device; on a mesh, `acejax.parallel.rules.share` gives each device its own samples and heads.
+        pass), "cudnn" (GPU, float16 / bfloat16), "splash" (TPU Pallas kernel), or "auto": by length alone; `resolve`
+        tells the fast one of a platform. One runs on one device; on a mesh, `acejax.parallel.rules.share` gives each
+        device its own samples and heads.
 
     Returns:
       [B, S, heads, head_dim] in q's dtype.
@@ -31,10 +36,53 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array | Non
       ValueError: an unknown implementation.
     """
     if implementation == "auto":
-        implementation = "xla" if q.shape[1] <= LONG else "xla_chunked"
+        implementation = _by_length(q.shape[1])
     if implementation not in _IMPLEMENTATIONS:
         raise ValueError(f"attention {implementation!r} is unknown; known: auto, {', '.join(_IMPLEMENTATIONS)}")
     return _IMPLEMENTATIONS[implementation](q, k, v, lengths)
+
+
+def resolve(name: str, platform: str, tokens: int | None = None, dtype: Any = jnp.bfloat16, head_dim: int = 128) -> str:
+    """The implementation that stands for a name on a platform: "auto" is the fast kernel where it can run.
+
+    A pure function: nothing is asked of the devices that are here, so a program that is compiled ahead of time names
+    the platform that it is for.
+
+    Args:
+      name: as `attention` takes it; any other than "auto" stands for itself.
+      platform: "cpu", "gpu" (CUDA), "tpu" or another of jax's.
+      tokens: of the sequence. None leaves what goes by length, where there is no kernel, to `attention`: "auto".
+      dtype: of q, k and v.
+      head_dim: of q, k and v.
+    """
+    if name != "auto":
+        return name
+    fast = FAST.get(platform)
+    if fast and not lacking(fast, platform, dtype, head_dim):
+        return fast
+    return name if tokens is None else _by_length(tokens)
+
+
+def lacking(name: str, platform: str, dtype: Any = jnp.bfloat16, head_dim: int = 128) -> str:
+    """Why an implementation can't run on a platform, or "". Arguments as of `resolve`.
+
+    Of float16: XLA's plain attention refuses it on a CPU and on a TPU (float32 sums of float16 products), Mosaic on a
+    TPU. Of cuDNN: jax's `_src/cudnn/fused_attention_stablehlo.py` (up to 256 on Hopper).
+    """
+    if np.dtype(dtype) == np.float16 and platform in ("cpu", "tpu"):
+        return f"float16 is for GPUs, a {platform} has no attention in it; expected bfloat16 or float32"
+    for home, kernel in FAST.items():
+        if name == kernel and platform != home:
+            return f"{name} is a kernel for {'CUDA GPUs' if home == 'gpu' else 'TPUs'}, here is a {platform}"
+    if name == "cudnn" and np.dtype(dtype).itemsize != 2:
+        return f"cudnn takes bfloat16 and float16, not {np.dtype(dtype).name}"
+    if name == "cudnn" and (head_dim % 8 or head_dim > 128):
+        return f"cudnn takes heads of 8 to 128 in steps of 8, not {head_dim}"
+    return ""
+
+
+def _by_length(tokens: int) -> str:
+    return "xla" if tokens <= LONG else "xla_chunked"
 
 
 def _xla(q, k, v, lengths):

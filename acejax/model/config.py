@@ -210,9 +210,10 @@ class Execution:
 
     Attributes:
       dtype: dtype of activations and matrix products; parameters are cast to it where they are used.
-      attention: an implementation of `acejax.model.attention`. "auto" goes by the number of tokens alone ("xla" up
-        to 1,024, "xla_chunked" above), so that a program compiled ahead of time does not depend on the host's device;
-        `for_platform` names the fast kernel of a GPU or TPU.
+      attention: an implementation of `acejax.model.attention`. In the pure functions "auto" goes by the number of
+        tokens alone ("xla" up to 1,024, "xla_chunked" above), so that a program compiled ahead of time does not depend
+        on the host's device; `for_platform` names the fast kernel of a GPU or TPU, as training and editing do by
+        themselves (`acejax.model.attention.resolve`).
       remat: what the backward pass recomputes: "none" (keep all), "full" (keep block inputs), "attention" (keep block
         inputs and attention outputs).
       constrain: `f(x, kind)` pins an activation's sharding. The kinds: "hidden" [B, S, D], a stream and what is added
@@ -238,8 +239,14 @@ class Execution:
 
     @classmethod
     def for_platform(cls, platform: str, **changes: Any) -> "Execution":
-        """The fast setting of "gpu", "tpu" or "cpu" (as `jax.default_backend()` names them)."""
+        """The fast setting of "gpu", "tpu" or "cpu", as `jax.default_backend()` and a device's `platform` name them.
+
+        A program that is compiled ahead of time names the platform that it is for. Another `dtype` that is given gets
+        the attention that can do it: float32 on a GPU goes by length, as on a CPU.
+        """
         import jax.numpy as jnp
 
-        fast = {"gpu": dict(dtype=jnp.bfloat16, attention="cudnn"), "tpu": dict(dtype=jnp.bfloat16, attention="splash")}
-        return cls(**(fast.get(platform, {}) | changes))
+        from acejax.model.attention import FAST, resolve
+
+        dtype = changes.pop("dtype", jnp.bfloat16 if platform in FAST else cls.dtype)
+        return cls(dtype, resolve(changes.pop("attention", "auto"), platform, dtype=dtype), **changes)

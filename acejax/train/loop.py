@@ -19,7 +19,7 @@ from acejax.checkpoint import Checkpoints, digest
 from acejax.data.stream import Stream
 from acejax.errors import UserError
 from acejax.parallel import batch as batches
-from acejax.parallel import memory, processes, rules
+from acejax.parallel import kernels, memory, processes, rules
 from acejax.parallel import mesh as meshes
 from acejax.parallel.chips import chip_of
 from acejax.train import lora as loras
@@ -55,6 +55,8 @@ def check(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> tuple[T
     run = TrainConfig.of(config)
     mesh = meshes.make_mesh(run.mesh)
     run.check_devices(mesh.size)
+    kernels.choose(run.execution.attention, kernels.device_of(mesh), run.execution.dtype, run.model.head_dim,
+                   "config.execution.")
     rules.check_heads(mesh, run.model.num_heads)
     for _, size in config.get("data", {}).get("batch_sizes", ()):
         rules.check_batch(mesh, size, run.optimizer.accumulate)
@@ -127,6 +129,8 @@ def _train(run: TrainConfig, mesh: Mesh, config: ml_collections.ConfigDict, work
     if start < stop:
         examples = stream.examples(start, stop)
         processes.say(_plan(run, stream, examples).line())
+        kernels.warn_slow(run.execution.attention, kernels.device_of(mesh), _longest(examples), run.execution.dtype,
+                          run.model.head_dim, "config.execution.")
         compiled = _compile(program, {bucket: put(batch) for bucket, batch in examples.items()}, frozen)
     for bucket, step in compiled.items() if dump_hlo else ():
         write_hlo(dump_hlo, f"train_step_{bucket}_tokens", step)
@@ -206,6 +210,11 @@ def _plan(run: TrainConfig, stream: Stream, examples: dict[int, dict[str, Any]] 
     text = next(iter(examples.values()))["text"].shape[1]
     buckets = {bucket: stream.batch_sizes[bucket] for bucket in examples}
     return plan(run, buckets, text, chip_of(jax.devices()[0]), jax.device_count())
+
+
+def _longest(examples: dict[int, dict[str, Any]]) -> int:
+    """Tokens of the longest sequence, text and image."""
+    return max(examples) + next(iter(examples.values()))["text"].shape[1]
 
 
 def _remedy(run: TrainConfig, stream: Stream) -> str:

@@ -155,8 +155,8 @@ def _plan(run: TrainConfig, buckets: Mapping[int, int], text: int, chip: Chip | 
         pairs = run.lora and lora.pairs(run.lora, run.model)
         model = flops.training_step(run.model, text, image, samples, pairs)
         added = flops.low_rank(pairs, text, image, samples) if pairs and run.execution.remat != "none" else 0
-        hardware = model + added + _recomputed(run, once, text + image)
-        step = Step(image, samples, samples * (text + image), attention_of(run.execution.attention, text + image),
+        hardware = model + added + _recomputed(run, once, text + image, backend)
+        step = Step(image, samples, samples * (text + image), attention_of(run, text + image, backend),
                     model, hardware, held)
         if chip is not None:
             compute = hardware / (devices * chip.flops * efficiency)
@@ -168,10 +168,10 @@ def _plan(run: TrainConfig, buckets: Mapping[int, int], text: int, chip: Chip | 
     return Plan(chip, devices, dict(mesh.shape), backend, run.execution.remat, text, efficiency, tuple(steps))
 
 
-def _recomputed(run: TrainConfig, once: flops.Flops, tokens: int) -> float:
+def _recomputed(run: TrainConfig, once: flops.Flops, tokens: int, backend: str) -> float:
     """FLOPs done twice: by remat, and q k^T in the backward pass of an attention that keeps no logits."""
     again = {"none": 0, "full": once.total, "attention": once.total - once.attention}[run.execution.remat]
-    return again + (0 if attention_of(run.execution.attention, tokens) == "xla" else once.attention / 2)
+    return again + (0 if attention_of(run, tokens, backend) == "xla" else once.attention / 2)
 
 
 def _sent(run: TrainConfig, mesh, samples: int, tokens: int) -> float:
@@ -242,8 +242,9 @@ def _changes(run: TrainConfig, found: Plan, buckets: Mapping[int, int]) -> Itera
         yield "config.execution.remat=attention", execution(remat="attention")
     if run.execution.remat != "full":
         yield "config.execution.remat=full", execution(remat="full")
-    fast = {"gpu": "cudnn", "tpu": "splash"}.get(found.backend)
-    if fast and found.largest.attention != fast:
+    automatic = dataclasses.replace(run, execution=dataclasses.replace(run.execution, attention="auto"))
+    fast = attention_of(automatic, found.largest.image + found.text, found.backend)
+    if fast in ("cudnn", "splash") and found.largest.attention != fast:
         yield f"config.execution.attention={fast}", execution(attention=fast)
     rows = math.gcd(*buckets.values()) // (found.mesh["data"] * found.mesh["fsdp"])
     for parts in (2**power for power in range(1, 11)):

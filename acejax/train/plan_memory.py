@@ -143,7 +143,7 @@ def memory(run: TrainConfig, mesh: AbstractMesh, samples: int, image: int, text:
                 for count, (hidden, split) in zip(blocks, SAVED[run.execution.remat], strict=True))
     batch = abstract_batch(model, 1, image, text)
     working = array * ((held.mlp + held.heads) / tensor + held.hidden)
-    working += _logits(run, local, tokens, held) / (tensor * seq)
+    working += _logits(run, local, tokens, held, backend) / (tensor * seq)
     gathered = held.gathered(model, dtype.itemsize) / tensor
     vectors = 4 * samples / accumulate * model.hidden_size * VECTORS
     size = jnp.dtype(run.optimizer.param_dtype).itemsize
@@ -162,17 +162,17 @@ def memory(run: TrainConfig, mesh: AbstractMesh, samples: int, image: int, text:
         updating=updating.get(run.optimizer.name, 0.0), reserve=held.reserve)
 
 
-def _logits(run: TrainConfig, samples: float, tokens: int, held: Backend) -> float:
-    name = attention_of(run.execution.attention, tokens)
+def _logits(run: TrainConfig, samples: float, tokens: int, held: Backend, backend: str) -> float:
+    name = attention_of(run, tokens, backend)
     if name not in ("xla", "xla_chunked"):
         return 8 * samples * run.model.num_heads * tokens  # a kernel keeps two numbers a row
     chunk = tokens if name == "xla" else -(-tokens // -(-tokens // attention.CHUNK))
     return 4 * held.logits * samples * run.model.num_heads * chunk * tokens
 
 
-def attention_of(name: str, tokens: int) -> str:
-    """The implementation that `acejax.model.attention` takes for so many tokens."""
-    return ("xla" if tokens <= attention.LONG else "xla_chunked") if name == "auto" else name
+def attention_of(run: TrainConfig, tokens: int, backend: str) -> str:
+    """The implementation that a run takes for so many tokens on a platform."""
+    return attention.resolve(run.execution.attention, backend, tokens, run.execution.dtype, run.model.head_dim)
 
 
 @functools.lru_cache(maxsize=32)

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from acejax.model import mmdit
 from acejax.model.config import Execution
-from acejax.parallel import rules
+from acejax.parallel import kernels, rules
 from acejax.train import lora
 from acejax.train.config import TrainConfig
 from acejax.train.fused import fused_step
@@ -45,7 +45,7 @@ class Program:
     def of(cls, run: TrainConfig, mesh: Mesh, references: int, tasks: int) -> "Program":
         """For data of so many references and tasks."""
         how = run.execution
-        execution = Execution(how.dtype, how.attention, how.remat, rules.constrain(mesh), rules.gather(mesh), rules.share(mesh))
+        execution = kernels.on_devices(Execution(how.dtype, how.attention, how.remat), run.model, mesh)
         setting, optimizer = run.setting(execution, references, tasks), make_optimizer(run.optimizer, run.steps)
         params = frozen = None
         if run.lora:

@@ -122,6 +122,20 @@ MISTAKES = [
     (f"demo {CONFIG} --workdir=run --config.evaluate.held=0", "at least 2 samples"),
     (f"demo {CONFIG} --workdir=run --config.execution.attention=flash", "'flash'; known: auto"),
 ]
+# Kernels that a CPU does not have, told before anything is looked at: no weights, no data, nothing from the hub.
+ON_A_CPU = [
+    (f"demo {CONFIG} --workdir=run --config.execution.attention=splash", "config.execution.attention is 'splash'"),
+    ("train --config=ace_plus.py:h100x1 --workdir=run --config.execution.attention=cudnn",
+     "config.execution.attention is 'cudnn': cudnn is a kernel for CUDA GPUs, here is a cpu; expected auto"),
+    ("train --config=ace_plus.py --workdir=run --config.execution.dtype=float16",
+     "config.execution.dtype is 'float16': float16 is for GPUs"),
+    ("edit --base=black-forest-labs/FLUX.1-Fill-dev --prompt=x --out=o.png --dtype=float16", "--dtype is 'float16'"),
+    ("serve --base=black-forest-labs/FLUX.1-Fill-dev --dtype=float16", "--dtype is 'float16'"),
+    ("data cache --config=ace_plus.py --config.encoders.dtype=float16", "config.encoders.dtype is 'float16'"),
+]
+
+
+MISTAKES += ON_A_CPU * (os.environ["JAX_PLATFORMS"] == "cpu")
 
 
 @pytest.mark.parametrize("line, message", MISTAKES, ids=[line for line, _ in MISTAKES])

@@ -31,6 +31,7 @@ from acejax.lcu import patchify
 from acejax.model import autoencoder, clip, t5
 from acejax.model.config import AutoencoderConfig, CLIPConfig, T5Config
 from acejax.weights.save import save_tensors
+from benchmarks import startup
 from tests import tokenizers
 from tests.counts import count
 from tests.data.cached import AUGMENT, CANVAS, files, samples
@@ -236,6 +237,13 @@ def config_of(file):
     space = {}
     exec(file.read_text(), space)
     return space["get_config"]()
+
+
+def test_another_process_encodes_and_compiles_nothing(run, tmp_path):
+    _, file, _ = run
+    first, second = (startup.start(tmp_path, ["data", "cache", f"--config={file}", f"--cache_dir={tmp_path / name}"])
+                     for name in ("one", "two"))
+    assert first["compiled"] == first["programs"] == second["programs"] >= 3 and second["compiled"] == 0
 
 
 def test_the_command_makes_features_that_a_run_finds(run, config, capsys, monkeypatch):

@@ -99,3 +99,5 @@ def test_for_platform_names_the_fast_kernel():
     assert Execution.for_platform("gpu").attention == "cudnn"
     assert Execution.for_platform("cpu") == Execution()
     assert Execution.for_platform("gpu", attention="xla", remat="full") == Execution(jnp.bfloat16, "xla", "full")
+    assert Execution.for_platform("gpu", dtype="float32") == Execution("float32", "auto")  # cuDNN has none
+    assert Execution.for_platform("tpu", dtype="float32").attention == "splash"

@@ -18,7 +18,6 @@ from acejax.parallel.chips import topology
 
 FLUX = "FLUX.1-Fill-dev"  # a pipeline's folder, as the hub has it
 TOKENS = 8192  # of a batch, on a device
-ATTENTION = {"gpu": "cudnn", "tpu": "splash"}
 
 
 def get_config(choices: str = "") -> ConfigDict:
@@ -68,8 +67,9 @@ def get_config(choices: str = "") -> ConfigDict:
             config.optimizer.update({"name": "adafactor", "param_dtype": "bfloat16", "fused": True, "clip": 0.0})
             config.data.batch_tokens = TOKENS
         else:
-            chip, devices = topology(choice)
-            config.data.batch_tokens = devices * TOKENS
-            if chip:
-                config.execution.attention = ATTENTION[chip.platform]
+            found = topology(choice)
+            config.data.batch_tokens = found.devices * TOKENS
+            config.mesh.data = found.slices  # gradients alone go from slice to slice
+            if found.chip:
+                config.execution.attention = found.chip.attention
     return config

@@ -181,10 +181,7 @@ def topology(name: str) -> Topology:
                         f"slices: v5e-256x2) or cpu:N; the chips are {', '.join(CHIPS)}")
     chip = CHIPS[ALIASES.get(match[1], match[1])]
     slices = int(match[4] or 1)
-    if match[3] is None:
-        chips = int(match[2] or 1)
-    else:
-        chips = int(match[3]) / (chip.cores * chip.devices)
+    chips = int(match[2] or 1) if match[3] is None else int(match[3]) / (chip.cores * chip.devices)
     if not chip.torus:
         if slices > 1:
             raise UserError(f"topology {name!r}: only TPUs come in slices; expected {match[1]}x{int(chips) * slices}")

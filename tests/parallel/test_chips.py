@@ -21,7 +21,8 @@ def test_a_slice_is_a_chip_and_a_number_of_devices(name, chip, devices, chips):
 
 
 @pytest.mark.parametrize(("name", "devices", "slices", "shape"), [
-    ("v5e-256x2", 512, 2, "16x16"), ("v5p-128x3", 192, 3, "4x4x4"), ("v7x-8x4", 32, 4, "2x2x1"), ("v6e-8x1", 8, 1, "2x4")])
+    ("v5e-256x2", 512, 2, "16x16"), ("v5p-128x3", 192, 3, "4x4x4"), ("v7x-8x4", 32, 4, "2x2x1"),
+    ("v6e-8x1", 8, 1, "2x4")])
 def test_several_slices_are_of_one_shape(name, devices, slices, shape):
     found = topology(name)
     assert (found.devices, found.slices, found.shape) == (devices, slices, shape)

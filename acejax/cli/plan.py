@@ -43,10 +43,10 @@ def main(argv: Sequence[str]) -> int:
     there = topology(values["topology"].value)
     run = TrainConfig.of(config)
     text = values["text"].value or config.get("encoders", {}).get("text_length", 512)
-    data = plan_data.find(config) if "sources" in config.get("data", {}) else None
+    data, why = _data(config)
     buckets = _buckets(run, config, there, values["tokens"].value, values["samples"].value, data)
     found = plan(run, buckets, text, there.chip, there.devices, values["efficiency"].value, there.slices)
-    total = whole(run, found, there.chips, data, values["price"].value, config.get("cache", {}).get("variants", 1))
+    total = whole(run, found, there.chips, data, why, values["price"].value, config.get("cache", {}).get("variants", 1))
     left = spare(run, found, buckets)
     print("\n\n".join(filter(None, (found.table(), total.table(), _left(found, left)))), flush=True)
     report = {"topology": dataclasses.asdict(there), "plan": found.to_json(), "run": dataclasses.asdict(total),
@@ -60,6 +60,16 @@ def main(argv: Sequence[str]) -> int:
     if path:
         written.write(path, (json.dumps(report, indent=1) + "\n").encode())
     return 0 if good else 1
+
+
+def _data(config: Any) -> tuple[Samples | None, str]:
+    """The run's own samples, or why they are not known: a plan is made without them as well."""
+    if "sources" not in config.get("data", {}):
+        return None, ""
+    try:
+        return plan_data.find(config), ""
+    except UserError as error:
+        return None, str(error)
 
 
 def _left(found: Plan, left: Sequence[Spare]) -> str:

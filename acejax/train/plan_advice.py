@@ -14,6 +14,7 @@ ONE_CARD = {"name": "adafactor", "param_dtype": "bfloat16", "fused": True, "clip
 MOST = 1024  # devices that are tried
 MOST_CPU = 64  # more, of what is in no table
 LARGER = 16  # times the batch that is tried
+LEAST = 0.0005  # share of a sample's time that is worth telling
 REMATS = ("full", "attention", "none")  # what is recomputed, less and less
 
 Buckets = Mapping[int, int]  # samples of a batch by image tokens
@@ -39,7 +40,8 @@ class Spare:
     def __str__(self) -> str:
         again = "" if self.recomputed == self.before else (
             f"; recomputed FLOPs {self.before:.0%} -> {self.recomputed:.0%} of the model's")
-        return f"{self.change}: {self.total / GB:.1f} GB{again}; {self.faster:.1%} less time a sample"
+        time = f"{self.faster:.1%} less" if self.faster >= LEAST else "no less"
+        return f"{self.change}: {self.total / GB:.1f} GB{again}; {time} time a sample"
 
 
 def advice(run: TrainConfig, found: Plan, buckets: Buckets, most: float | None = None) -> str:

@@ -1,6 +1,7 @@
 """What a run's own data is: samples and tokens, read off the feature cache's index, or else the manifest."""
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,9 +25,8 @@ class Samples:
 
     Attributes:
       count: how many.
-      tokens: image tokens of those that were looked at, [N]; of all of them where N is `count`. None where nobody
-        knows before the features are made (a TFDS dataset).
-      origin: where that stands.
+      tokens: image tokens of each, [count]; None where nobody knows before the features are made (a TFDS dataset).
+      origin: where that stands, and how many of them were looked at where it is not all.
       cached: bytes of the feature cache, 0 where there is none yet.
     """
 
@@ -38,40 +38,41 @@ class Samples:
     @property
     def total(self) -> float | None:
         """Image tokens of all samples, each once."""
-        return None if self.tokens is None else self.count * float(np.mean(self.tokens))
+        return None if self.tokens is None else float(np.sum(self.tokens))
 
 
-def find(config: Mapping[str, Any]) -> Samples | None:
-    """The samples of a config's sources; None where one of them is not there, or is no whole dataset.
+def find(config: Mapping[str, Any]) -> Samples:
+    """The samples of a config's sources. Nothing is made or decoded.
 
-    Nothing is made or decoded: what is wrong with the data is `acejax data check`'s to tell.
+    Raises:
+      UserError: a source that is not there or can't be read, or one without samples.
     """
-    try:
-        data = DataConfig.of(config)
-        parts = [_cached(data, name) or _opened(data.canvas, source) for name, source in data.sources.items()]
-    except (UserError, OSError):
-        return None
-    if not parts or not all(part.count for part in parts):
-        return None
+    data = DataConfig.of(config)
+    parts = [_cached(data, name) or _opened(data.canvas, source) for name, source in data.sources.items()]
+    if not all(part.count for part in parts):
+        raise UserError("a source has no samples")
     known = all(part.tokens is not None for part in parts)
-    # a source whose lines were not all looked at stands for itself by repetition: no more than the counts must be right
-    tokens = np.concatenate([np.resize(part.tokens, part.count) for part in parts]) if known else None
+    tokens = np.concatenate([part.tokens for part in parts]) if known else None
     origins = ", ".join(dict.fromkeys(part.origin for part in parts))
-    return Samples(sum(part.count for part in parts), tokens, origins, max(part.cached for part in parts))
+    cached = max(part.cached for part in parts) if all(part.cached for part in parts) else 0
+    return Samples(sum(part.count for part in parts), tokens, origins, cached)
 
 
 def _cached(data: DataConfig, name: str) -> Samples | None:
     """Of the newest index that a source has in the cache with these canvases."""
     folder = epath.Path(data.cache.dir)
+    wanted = {"dataset": name, "source": dataclasses.asdict(data.sources[name]),
+              "canvas": dataclasses.asdict(data.canvas)}
+    wanted = json.loads(json.dumps(wanted))  # as an index has it
     found = []
-    for path in (folder / "index").glob(f"{name}-*.safetensors") if (folder / "index").exists() else ():
+    for path in (folder / "index").glob("*.safetensors") if (folder / "index").exists() else ():
         with path.open("rb") as file:
             settings = store.header(file, path)[1]["settings"]
-        if settings["dataset"] == name and settings["canvas"] == dataclasses.asdict(data.canvas):
+        if wanted.items() <= settings.items():
             found.append((path.stat().mtime, path))
     if not found:
         return None
-    features = Features(folder, [max(found)[1]])
+    features = Features(folder, [max(found, key=lambda one: one[0])[1]])
     shards = folder / "shards"
     nbytes = sum(path.stat().length for path in shards.iterdir()) if shards.exists() else 0
     return Samples(len(features), features.tokens, "the feature cache", nbytes)
@@ -83,10 +84,11 @@ def _opened(canvas: CanvasConfig, source: SourceConfig) -> Samples:
     if not isinstance(opened, manifest.Source):
         return Samples(len(opened), None, "the dataset")
     read = manifest.read(source.path, source.fields or manifest.FIELDS, source.prefix)
-    rows = read.rows[::-(-len(read.rows) // HEADERS) or 1]
+    rows = read.rows[::max(1, -(-len(read.rows) // HEADERS))]
     seen = check.look({path: field == "mask" for row in rows for field, path in row.files})
     rng = np.random.default_rng(0)
     good = [row for row in rows if all(seen[path].size for _, path in row.files)]
     tokens = np.array([check.tokens_of(canvas, row, seen, rng) for row in good], np.int64)
-    looked = f"headers of {len(good)} of {len(read.rows)} samples"
-    return Samples(len(read.rows), tokens if len(tokens) else None, f"the manifest, {looked}")
+    # lines that were not looked at are as those that were
+    looked = "" if len(good) == len(read.rows) else f", by {len(good)} of its samples"
+    return Samples(len(read.rows), np.resize(tokens, len(read.rows)) if len(tokens) else None, f"the manifest{looked}")

@@ -33,7 +33,7 @@ class Run:
       samples, tokens: of the whole run.
       data: samples of the run's own data, None where it is not known, and their image `data_tokens`.
       epochs: how often the run sees each of them.
-      data_origin: where that was read.
+      data_origin: where that was read, or why it is not known.
       checkpoint: bytes of one; `checkpoints` of all that are kept at a time.
       kept: number of those.
       export: bytes of the weights as they are exported once, in all layouts; `exports` of all of them.
@@ -105,23 +105,22 @@ class Run:
 
     def _data(self) -> str:
         if self.data is None:
-            return "not found (config.data.sources): its epochs and tokens are not known"
+            return f"not known{self.data_origin and f': {self.data_origin}'}"
         tokens = "" if self.data_tokens is None else f", {_count(self.data_tokens)} image tokens"
         return f"{self.data:,} samples{tokens} ({self.data_origin}); {self.epochs:,.1f} epochs"
 
 
-def whole(run: TrainConfig, found: Plan, chips: int, data: Samples | None = None, price: float | None = None,
-          variants: int = 1, layouts: int | None = None) -> Run:
+def whole(run: TrainConfig, found: Plan, chips: int, data: Samples | None = None, why: str = "",
+          price: float | None = None, variants: int = 1) -> Run:
     """A planned run as a whole.
 
     Args:
       run: its config.
       found: its plan.
       chips: what is paid for.
-      data: the run's own.
+      data: the run's own; None where it is not known, with the reason `why`.
       price: of a chip-hour, in any currency.
       variants: of a sample that the cache keeps.
-      layouts: in which weights are exported, by default those of the config.
     """
     shares = _shares(found, data)
     by_tokens = {step.image: step for step in found.steps}
@@ -131,7 +130,7 @@ def whole(run: TrainConfig, found: Plan, chips: int, data: Samples | None = None
     seconds = sum(share * by_tokens[image].seconds for image, share in shares.items()) if timed else None
     hours = run.steps * seconds / 3600 if timed else None
     a_day = DAY / seconds / run.steps if timed else None  # of the run
-    checkpoint, export = _saved(run), _exported(run, layouts)
+    checkpoint, export = _saved(run), _exported(run)
     kept = min(run.checkpoint.keep + run.checkpoint.best * bool(run.validation.every),
                -(-run.steps // run.checkpoint.every))
     exported = -(-run.steps // run.checkpoint.export_every) if run.checkpoint.export_every else 0
@@ -145,7 +144,7 @@ def whole(run: TrainConfig, found: Plan, chips: int, data: Samples | None = None
         steps_a_day=a_day and a_day * run.steps, samples_a_day=a_day and a_day * samples,
         tokens_a_day=a_day and a_day * tokens, samples=samples, tokens=tokens,
         data=data and data.count, data_tokens=data and data.total, epochs=data and samples / data.count,
-        data_origin=data.origin if data else "",
+        data_origin=data.origin if data else why,
         checkpoint=checkpoint, checkpoints=(kept + 1) * checkpoint, kept=kept,
         export=export, exports=exported * export, exported=exported,
         cache=cache, cache_found=bool(data and data.cached),
@@ -174,12 +173,12 @@ def _saved(run: TrainConfig) -> float:
     return trained + optimizer + average
 
 
-def _exported(run: TrainConfig, layouts: int | None) -> float:
+def _exported(run: TrainConfig) -> float:
     """Bytes of the weights as they are exported once."""
     _, trained, _ = state_bytes(run.model, run.lora, run.optimizer, abstract_mesh({}, 1))
     numbers = trained / jnp.dtype(run.optimizer.param_dtype).itemsize
     dtype = jnp.dtype(run.checkpoint.export_dtype or run.optimizer.param_dtype)
-    return numbers * dtype.itemsize * (len(run.checkpoint.layouts) if layouts is None else layouts)
+    return numbers * dtype.itemsize * len(run.checkpoint.layouts)
 
 
 def _features(run: TrainConfig, samples: int, tokens: float, text: int, variants: int) -> float:

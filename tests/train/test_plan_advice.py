@@ -59,6 +59,12 @@ def test_where_nothing_is_left_over_nothing_is_said(run, name, samples):
     assert of(run, name, samples)[1] == ()
 
 
+def test_a_batch_that_saves_no_time_is_not_praised():
+    run = dataclasses.replace(RUN, lora=LoraConfig(64))
+    larger = of(run, "h100x1", 1)[1][-1]  # alone it sends nothing that could hide behind more products
+    assert larger.faster == pytest.approx(0, abs=1e-12) and str(larger).endswith("; no less time a sample")
+
+
 def test_a_fused_step_recomputes_its_blocks():
     run = dataclasses.replace(RUN, optimizer=dataclasses.replace(RUN.optimizer, **ONE_CARD))
     found, uses = of(run, "h100x1", 1)

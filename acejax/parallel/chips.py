@@ -191,9 +191,9 @@ def topology(name: str) -> Topology:
     return Topology(name, chip, int(chips) * chip.devices * slices, slices)
 
 
-def slices_above(chip: Chip, devices: int) -> list[int]:
-    """Devices of all slices that are larger than `devices`, the smallest first."""
-    return [count * chip.devices for count in _shapes(chip) if count * chip.devices > devices]
+def slice_sizes(chip: Chip) -> list[int]:
+    """Devices of all slices that there are of a TPU, the smallest first."""
+    return [count * chip.devices for count in _shapes(chip)]
 
 
 @functools.cache

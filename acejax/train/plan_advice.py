@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from acejax.adapt.quantize import KINDS
 from acejax.errors import UserError
-from acejax.parallel.chips import Chip, slices_above
+from acejax.parallel.chips import Chip, slice_sizes
 from acejax.train.config import TrainConfig
 from acejax.train.plan_estimate import GB, Plan, estimate
 
@@ -69,11 +69,15 @@ def advice(run: TrainConfig, found: Plan, buckets: Buckets, most: float | None =
     for parts in (parts for parts in range(2, rows + 1) if rows % parts == 0):
         if fits(together, batch={tokens: count // parts for tokens, count in buckets.items()}):
             return f"a batch 1/{parts} as large{also} makes it fit"
-    for devices in _more(found):
-        wider = dataclasses.replace(together, mesh={"data": found.slices, "fsdp": -1},
-                                    optimizer=dataclasses.replace(together.optimizer, fused=False))
-        if fits(wider, devices, _spread(run, found, buckets, devices)):
-            return f"{_named(found.chip, devices, found.slices)}, sharded over fsdp{also}, makes it fit"
+    wider = dataclasses.replace(together, mesh={"data": found.slices, "fsdp": -1},
+                                optimizer=dataclasses.replace(together.optimizer, fused=False))
+    counts = _counts(found)
+    fewer = [count for count in reversed(counts) if count < found.devices]  # where these do not divide the kernels
+    more = [count for count in counts if count > found.devices]
+    nearest = [next((count for count in side if fits(wider, count, _spread(found, buckets, count))), None)
+               for side in (fewer, more)]
+    if machines := [_named(found.chip, count, found.slices) for count in nearest if count]:
+        return f"{' or '.join(machines)}, sharded over fsdp{also}, makes it fit"
     return "no setting and no number of these devices makes it fit"
 
 
@@ -139,23 +143,20 @@ def _rows(run: TrainConfig, found: Plan, buckets: Buckets) -> int:
     return math.gcd(*buckets.values()) // (found.mesh["data"] * found.mesh["fsdp"] * run.optimizer.accumulate)
 
 
-def _spread(run: TrainConfig, found: Plan, buckets: Buckets, devices: int) -> dict[int, int]:
+def _spread(found: Plan, buckets: Buckets, devices: int) -> dict[int, int]:
     """The batches over another number of devices, with as many samples on each as before."""
     before = found.mesh["data"] * found.mesh["fsdp"]
     return {tokens: count // before * devices for tokens, count in buckets.items()}
 
 
-def _more(found: Plan) -> Iterator[int]:
-    """Numbers of devices above a plan's: of a domain every one, then whole domains; of a TPU the slices there are."""
+def _counts(found: Plan) -> list[int]:
+    """Numbers of devices that can be had: of a domain every one, then whole domains; of a TPU the slices there are."""
     if found.chip is None:
-        yield from range(found.devices + 1, found.devices + MOST_CPU)
-        return
+        return list(range(1, found.devices + MOST_CPU))
     if found.chip.torus:
-        yield from (size * found.slices for size in slices_above(found.chip, found.devices // found.slices))
-        return
-    for devices in range(found.devices + 1, MOST + 1):
-        if devices <= found.chip.domain or devices % found.chip.domain == 0:
-            yield devices
+        return [size * found.slices for size in slice_sizes(found.chip)]
+    domain = found.chip.domain
+    return [*range(1, domain + 1), *range(2 * domain, max(MOST, found.devices) + 1, domain)]
 
 
 def _named(chip: Chip | None, devices: int, slices: int) -> str:

@@ -83,7 +83,7 @@ def _opened(canvas: CanvasConfig, source: SourceConfig) -> Samples:
     opened = open_source(source.path, source.split, source.fields, source.prefix)
     if not isinstance(opened, manifest.Source):
         return Samples(len(opened), None, "the dataset")
-    read = manifest.read(source.path, source.fields or manifest.FIELDS, source.prefix)
+    read = opened.manifest
     rows = read.rows[::max(1, -(-len(read.rows) // HEADERS))]
     seen = check.look({path: field == "mask" for row in rows for field, path in row.files})
     rng = np.random.default_rng(0)

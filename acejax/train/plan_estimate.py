@@ -131,7 +131,8 @@ class Plan:
             lines += ["", "a step of each bucket:"]
         else:
             lines += ["", "a step of each bucket; seconds are estimates, with products at "
-                          f"{self.efficiency:.0%} of the peak", "(step = compute + what of links and network is exposed, not hidden behind it):"]
+                          f"{self.efficiency:.0%} of the peak",
+                      "(step = compute + what of links and network is exposed, not hidden behind it):"]
         lines.append(f"{'image tokens':>12} {'samples':>7} {'TFLOP':>9} {'recomputed':>10} {'GB':>7} {'compute':>8} "
                      f"{'links':>7} {'network':>7} {'exposed':>7} {'step s':>7} {'tokens/s':>9} {'MFU':>5}")
         lines += [self._row(step) for step in self.steps]

@@ -5,7 +5,7 @@ import types
 import pytest
 
 from acejax.errors import UserError
-from acejax.parallel.chips import CHIPS, GIB, chip_of, slices_above, topology
+from acejax.parallel.chips import CHIPS, GIB, chip_of, slice_sizes, topology
 
 
 @pytest.mark.parametrize(("name", "chip", "devices", "chips"), [
@@ -75,9 +75,13 @@ def test_gpus_come_in_no_slices():
         topology("h100-8x2")
 
 
-def test_larger_slices_are_those_that_exist():
-    assert slices_above(CHIPS["v5e"], 20) == [32, 64, 128, 256]
-    assert slices_above(CHIPS["v7x"], 8)[:4] == [16, 32, 64, 128]
+def test_all_slices_exist():
+    assert slice_sizes(CHIPS["v5e"]) == [1, 4, 8, 16, 32, 64, 128, 256]
+    assert slice_sizes(CHIPS["v7x"])[:7] == [2, 8, 16, 32, 64, 128, 256]
+    for chip in ("v4", "v5e", "v5p", "v6e", "v7x"):
+        sizes = slice_sizes(CHIPS[chip])
+        assert sizes == sorted(sizes) and sizes[-1] == CHIPS[chip].domain
+        assert all(topology(f"{chip}-{size * CHIPS[chip].cores}").devices == size for size in sizes)
 
 
 @pytest.mark.parametrize(("kind", "chip"), [

@@ -124,9 +124,9 @@ def test_memory_of_a_lora_is_what_xla_found(base, given, beside):
     (RUN, "v5e-1", 1, "v5e-32, sharded over fsdp, makes it fit"),
     (CUDNN, "h100x2", 1, "h100x3, sharded over fsdp, makes it fit"),
     (RUN, "h100x2", 1, "h100x3, sharded over fsdp with config.execution.attention=cudnn, makes it fit"),
-    (CUDNN, "h100x5", 1, "h100x6, sharded over fsdp, makes it fit"),  # fsdp 5 does not divide 3072
+    (CUDNN, "h100x5", 1, "h100x4 or h100x6, sharded over fsdp, makes it fit"),  # fsdp 5 does not divide 3072
     (CUDNN, "a100-40x7", 3, "a100-40x8, sharded over fsdp with config.optimizer.accumulate=3, makes it fit"),
-    (CUDNN, "a100-40x9", 1, "a100-40x16, sharded over fsdp, makes it fit"),  # beyond a machine, whole ones
+    (CUDNN, "a100-40x9", 1, "a100-40x8 or a100-40x16, sharded over fsdp, makes it fit"),  # beyond one, whole machines
     (RUN, "v6e-4", 1, "v6e-8, sharded over fsdp, makes it fit"),
     (dataclasses.replace(RUN, mesh={"data": 2, "fsdp": -1}), "v5e-8x2", 1,
      "v5e-32x2, sharded over fsdp, makes it fit"),
@@ -145,8 +145,9 @@ def test_what_fits_needs_no_advice():
 
 
 def test_what_is_advised_fits():
-    for name, advised in (("h100x2", "h100x3"), ("h100x5", "h100x6"), ("a100-40x9", "a100-40x16")):
-        assert f"{advised}, sharded" in of(CUDNN, name).advice
+    for name, advised in (("h100x2", "h100x3"), ("h100x5", "h100x4"), ("h100x5", "h100x6"),
+                          ("a100-40x9", "a100-40x16")):
+        assert advised in of(CUDNN, name).advice
         assert of(CUDNN, advised).fits
 
 

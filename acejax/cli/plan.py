@@ -12,16 +12,21 @@ from absl import flags
 
 from acejax.cli.config import parse_config
 from acejax.data import written
-from acejax.data.config import read_stages
+from acejax.data.buckets import choose
+from acejax.data.config import read_batches, read_stages
 from acejax.data.layout import CanvasConfig
 from acejax.data.stream import batch_sizes
 from acejax.errors import UserError
 from acejax.parallel import rules
-from acejax.parallel.chips import CHIPS, topology
+from acejax.parallel.chips import CHIPS, Topology, topology
 from acejax.parallel.mesh import abstract_mesh
+from acejax.train import plan_data
 from acejax.train.config import TrainConfig
 from acejax.train.plan import GB, Plan, plan
+from acejax.train.plan_advice import Spare, spare
 from acejax.train.plan_compile import FLAGS, Compiled, compile_step
+from acejax.train.plan_data import Samples
+from acejax.train.plan_run import whole
 
 OFF = 0.1  # the most that a plan may be off from what XLA says
 
@@ -35,15 +40,20 @@ def main(argv: Sequence[str]) -> int:
     if values["topology"].value is None:
         raise UserError("plan: --topology=NAME is missing: h100x8, v5e-256, v5p-128, cpu:64 ...")
     written.check_place(path := values["json"].value)
-    chip, devices = topology(values["topology"].value)
+    there = topology(values["topology"].value)
     run = TrainConfig.of(config)
     text = values["text"].value or config.get("encoders", {}).get("text_length", 512)
-    buckets = _buckets(run, config, devices, values["tokens"].value, values["samples"].value)
-    found = plan(run, buckets, text, chip, devices, values["efficiency"].value)
-    print(found.table(), flush=True)
-    report, good = {"topology": values["topology"].value, "plan": dataclasses.asdict(found)}, found.fits
+    data, why = _data(config)
+    buckets = _buckets(run, config, there, values["tokens"].value, values["samples"].value, data)
+    found = plan(run, buckets, text, there.chip, there.devices, values["efficiency"].value, there.slices)
+    total = whole(run, found, there.chips, data, why, values["price"].value, config.get("cache", {}).get("variants", 1))
+    left = spare(run, found, buckets)
+    print("\n\n".join(filter(None, (found.table(), total.table(), _left(found, left)))), flush=True)
+    report = {"topology": dataclasses.asdict(there), "plan": found.to_json(), "run": dataclasses.asdict(total),
+              "spare": [dataclasses.asdict(use) for use in left]}
+    good = found.fits
     if values["compile"].value:
-        modelled = found if chip is None else plan(run, buckets, text, None, devices)
+        modelled = found if there.chip is None else plan(run, buckets, text, None, there.devices)
         made = _compile(argv, run, modelled)
         report |= {"compiled": dataclasses.asdict(made), "modelled": dataclasses.asdict(modelled)}
         good = _compare(modelled, made) and good
@@ -52,12 +62,33 @@ def main(argv: Sequence[str]) -> int:
     return 0 if good else 1
 
 
-def _buckets(run: TrainConfig, config: Any, devices: int, tokens: int, samples: int) -> dict[int, int]:
-    """Samples of a batch by image tokens: those given, or the greatest that the config allows, whatever the data is.
+def _data(config: Any) -> tuple[Samples | None, str]:
+    """The run's own samples, or why they are not known: a plan is made without them as well."""
+    if "sources" not in config.get("data", {}):
+        return None, ""
+    try:
+        return plan_data.find(config), ""
+    except UserError as error:
+        return None, str(error)
+
+
+def _left(found: Plan, left: Sequence[Spare]) -> str:
+    """What to do with memory that is left over."""
+    if not left:
+        return ""
+    over = (found.capacity - found.largest.memory.total) / GB
+    return "\n".join([f"{over:.1f} GB of a device are left over; what fits as well (one of them, by estimate):",
+                      *(f"  {use}" for use in left)])
+
+
+def _buckets(run: TrainConfig, config: Any, there: Topology, tokens: int, samples: int, known: Samples | None
+             ) -> dict[int, int]:
+    """Samples of a batch by image tokens: those given, those that training would choose for the data that is known, or
+    the greatest that the config allows.
 
     A canvas whose pictures have a budget each holds a reference as large as the target; more references make more.
     """
-    mesh = abstract_mesh(run.mesh, devices)
+    mesh = abstract_mesh(run.mesh, there.devices)
     parts = rules.batch_parts(mesh, run.optimizer.accumulate)
     if tokens:
         return {tokens: samples or parts}
@@ -68,6 +99,10 @@ def _buckets(run: TrainConfig, config: Any, devices: int, tokens: int, samples: 
         return {image: count for image, count in data.batch_sizes}
     if "batch_tokens" not in data:
         raise UserError("config.data has neither batch_sizes nor batch_tokens; plan --tokens=N can do without them")
+    if known is not None and known.tokens is not None:
+        batches = read_batches(data, ("sources", "canvas", "augment", "max_broken"))
+        chosen = choose(known.tokens, batches.bucket_multiple, batches.most_buckets)
+        return batch_sizes(chosen, data.batch_tokens, parts)
     canvas = data.get("canvas", {})
     picture = canvas.get("max_tokens", CanvasConfig.max_tokens)
     stages = read_stages(config, tuple(data.get("sources", ()))) if "stages" in config else ()
@@ -106,8 +141,11 @@ def _compare(modelled: Plan, made: Compiled) -> bool:
 
 
 def _define(values: flags.FlagValues) -> None:
-    flags.DEFINE_string("topology", None, "Devices to plan for: CHIPxN, a slice as v5e-256 or v5p-128 (64 chips), or "
-                        f"cpu:N; the chips are {', '.join(CHIPS)}.", flag_values=values)
+    flags.DEFINE_string("topology", None, "Devices to plan for: CHIPxN, a slice as v5e-256, v5p-128 (64 chips) or "
+                        "v7x-64 (32 chips, 64 devices), several slices as v5e-256x2, or cpu:N; the chips are "
+                        f"{', '.join(CHIPS)}.", flag_values=values)
+    flags.DEFINE_float("price", None, "Of a chip-hour, in any currency: the run's price is told.", lower_bound=0.0,
+                       flag_values=values)
     flags.DEFINE_float("efficiency", 0.5, "Share of the chip's peak that matrix products reach.", flag_values=values)
     flags.DEFINE_integer("tokens", None, "Image tokens of a sample; by default as the config has it.", lower_bound=1,
                          flag_values=values)

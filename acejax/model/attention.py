@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from acejax.model.tpu import attention as flash
+
 LONG = 1024  # tokens above which "auto" goes by query chunks
 CHUNK = 512  # the most queries at a time
-FAST = {"gpu": "cudnn", "tpu": "splash"}  # the kernel of a platform, as `jax.default_backend()` names it
-SPLASH_BLOCK = 128
+FAST = {"gpu": "cudnn", "tpu": "flash"}  # the kernel of a platform, as `jax.default_backend()` names it
 
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array | None = None,
@@ -25,7 +26,7 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array | Non
       q, k, v: [B, S, heads, head_dim].
       lengths: [B] int32 valid keys of each sample, or None when all are valid.
       implementation: "xla" (plain; S x S logits in memory), "xla_chunked" (query chunks, recomputed in the backward
-        pass), "cudnn" (GPU, float16 / bfloat16), "splash" (TPU Pallas kernel), or "auto": by length alone; `resolve`
+        pass), "cudnn" (GPU, float16 / bfloat16), "flash" (TPU, heads of 128), or "auto": by length alone; `resolve`
         tells the fast one of a platform. One runs on one device; on a mesh, `acejax.parallel.rules.share` gives each
         device its own samples and heads.
 
@@ -74,6 +75,8 @@ def lacking(name: str, platform: str, dtype: Any = jnp.bfloat16, head_dim: int =
     for home, kernel in FAST.items():
         if name == kernel and platform != home:
             return f"{name} is a kernel for {'CUDA GPUs' if home == 'gpu' else 'TPUs'}, here is a {platform}"
+    if name == "flash" and head_dim != flash.HEAD:
+        return f"flash takes heads of {flash.HEAD}, not {head_dim}"
     if name == "cudnn" and np.dtype(dtype).itemsize != 2:
         return f"cudnn takes bfloat16 and float16, not {np.dtype(dtype).name}"
     if name == "cudnn" and (head_dim % 8 or head_dim > 128):
@@ -104,23 +107,15 @@ def _xla_chunked(q, k, v, lengths):
     return out.swapaxes(0, 1).reshape(batch, chunks * chunk, heads, dim)[:, :size]
 
 
-def _splash(q, k, v, lengths):
-    """TPU kernel; padded and invalid keys are kept apart by segment ids. Queries come scaled, heads before tokens."""
-    from jax.experimental.pallas.ops.tpu import splash_attention as splash
-
+def _flash(q, k, v, lengths):
+    """The TPU kernel for heads that are ready: `acejax.model.mmdit` calls it with those that are not."""
     batch, size, heads, dim = q.shape
-    padded = -(-size // SPLASH_BLOCK) * SPLASH_BLOCK
+    total = flash.padded(size)
     lengths = jnp.full((batch,), size, jnp.int32) if lengths is None else lengths
-    valid = jnp.arange(padded) < lengths[:, None]
-    segments = splash.SegmentIds(q=jnp.ones((batch, padded), jnp.int32), kv=valid.astype(jnp.int32))
-    mask = splash.MultiHeadMask([splash.FullMask((padded, padded))] * heads)
-    kernel = splash.make_splash_mha(mask, head_shards=1, q_seq_shards=1)
-
-    def layout(x):
-        return jnp.pad(x, ((0, 0), (0, padded - size), (0, 0), (0, 0))).swapaxes(1, 2)
-
-    out = jax.vmap(kernel)(layout(q * dim**-0.5), layout(k), layout(v), segments)
-    return out.swapaxes(1, 2)[:, :size]
+    q, k, v = (jnp.pad(x.reshape(batch, size, -1), ((0, 0), (0, total - size), (0, 0))) for x in (q, k, v))
+    gained = (q.astype(jnp.float32) * flash.GAIN).astype(q.dtype)
+    out = flash.attend(gained, k, v, lengths, flash.tiles("", total))
+    return out[:, :size].reshape(batch, size, heads, dim)
 
 
-_IMPLEMENTATIONS = {"xla": _xla, "xla_chunked": _xla_chunked, "cudnn": _cudnn, "splash": _splash}
+_IMPLEMENTATIONS = {"xla": _xla, "xla_chunked": _xla_chunked, "cudnn": _cudnn, "flash": _flash}

@@ -9,7 +9,7 @@ import numpy as np
 if TYPE_CHECKING:  # who only copies weights needs the geometries, and not the second that jax takes to import
     import jax
 
-ATTENTION = ("auto", "xla", "xla_chunked", "cudnn", "splash")
+ATTENTION = ("auto", "xla", "xla_chunked", "cudnn", "flash")
 REMAT = ("none", "full", "attention")
 
 
@@ -216,17 +216,20 @@ class Execution:
         themselves (`acejax.model.attention.resolve`).
       remat: what the backward pass recomputes: "none" (keep all), "full" (keep block inputs), "attention" (keep block
         inputs and attention outputs).
+      chip: what the program is for, as `acejax.parallel.chips` names it; kernels are cut for it. "" is any.
       constrain: `f(x, kind)` pins an activation's sharding. The kinds: "hidden" [B, S, D], a stream and what is added
         to it; "modulation" [B, vectors, D]; "heads" [B, S, H, head_dim], queries, keys and values on their way into
         attention; "tokens" [B, S, H, head_dim], what comes out of it.
       gather: `f(kernel, path)` brings the parts of a sharded kernel together just before it meets an activation; the
         path names the layer and the leaf ("single_blocks/mlp_in/kernel").
-      share: makes of attention `f(q, k, v, lengths)` one that each device runs on its own samples and heads.
+      share: makes of attention `f(heads, rows, whole)` one that each device runs on its own samples and heads: trees
+        of arrays [B, S, heads, head_dim], [B, ...], and of any other shape.
     """
 
     dtype: Any = np.float32
     attention: str = "auto"
     remat: str = "none"
+    chip: str = ""
     constrain: "Callable[[jax.Array, str], jax.Array]" = keep
     gather: "Callable[[jax.Array, str], jax.Array]" = stored
     share: "Callable[[Callable[..., jax.Array]], Callable[..., jax.Array]]" = whole

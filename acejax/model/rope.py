@@ -15,16 +15,19 @@ MAX_POSITION = 2048  # tokens along one side of a canvas: 32,768 pixels
 
 @functools.lru_cache(maxsize=16)
 def _table(dim: int, theta: int) -> tuple[np.ndarray, np.ndarray]:
-    """cos and sin [MAX_POSITION, dim / 2] of one axis."""
+    """cos and sin [MAX_POSITION, dim] of one axis, as `rotations` has them."""
     omega = 1.0 / theta ** (np.arange(0, dim, 2, dtype=np.float64) / dim)
     angle = np.arange(MAX_POSITION, dtype=np.float64)[:, None] * omega
-    return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
+    cos, sin = np.cos(angle), np.sin(angle)
+    pairs = np.stack([cos, cos], -1), np.stack([-sin, sin], -1)
+    return tuple(pair.reshape(MAX_POSITION, dim).astype(np.float32) for pair in pairs)
 
 
 def rotations(positions: jax.Array, axes_dim: tuple[int, ...], theta: int) -> tuple[jax.Array, jax.Array]:
-    """cos and sin, each [B, S, head_dim / 2] float32, for integer positions [B, S, 3].
+    """cos and sin, each [B, S, head_dim] float32, for integer positions [B, S, 3].
 
-    A position outside [0, MAX_POSITION) gives NaN: a wrong angle would not be noticed.
+    Both elements of a pair have its cosine; the first has the negative sine, the second the sine. A position outside
+    [0, MAX_POSITION) gives NaN: a wrong angle would not be noticed.
     """
     parts = []
     for axis, dim in enumerate(axes_dim):
@@ -35,30 +38,10 @@ def rotations(positions: jax.Array, axes_dim: tuple[int, ...], theta: int) -> tu
 
 
 def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotate the interleaved pairs (x[2n], x[2n + 1]) of x [B, heads, S, head_dim].
+    """Rotate the interleaved pairs (x[2n], x[2n + 1]) of x [B, S, heads, head_dim].
 
-    Computed in float32; x's dtype comes back.
+    Computed in float32; x's dtype comes back. On a TPU `acejax.model.tpu.rotate` does the same in a kernel.
     """
-    return jax.lax.platform_dependent(x, cos, sin, tpu=_by_product, default=_by_pairs)
-
-
-def _by_pairs(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
-    even, odd = pairs[..., 0], pairs[..., 1]
-    cos, sin = cos[:, None], sin[:, None]
-    rotated = jnp.stack([cos * even - sin * odd, sin * even + cos * odd], axis=-1)
-    return rotated.reshape(x.shape).astype(x.dtype)
-
-
-def _by_product(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """x cos + (x P) sin, P the signed permutation that takes (a, b) to (-b, a).
-
-    On a TPU the last axis lies over 128 lanes, where an axis of 2 costs more than the matrix product that turns it.
-    """
-    turn = np.zeros((x.shape[-1], x.shape[-1]), np.float32)
-    turn[1::2, ::2] = -np.eye(x.shape[-1] // 2)
-    turn[::2, 1::2] = np.eye(x.shape[-1] // 2)
-    exact = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    turned = jnp.dot(x, jnp.asarray(turn, x.dtype), precision=exact, preferred_element_type=jnp.float32)
-    cos, sin = (jnp.repeat(part, 2, axis=-1)[:, None] for part in (cos, sin))
-    return (x.astype(jnp.float32) * cos + turned * sin).astype(x.dtype)
+    wide = x.astype(jnp.float32)
+    swapped = wide.reshape(*x.shape[:-1], -1, 2)[..., ::-1].reshape(x.shape)
+    return (wide * cos[:, :, None] + swapped * sin[:, :, None]).astype(x.dtype)

@@ -69,6 +69,7 @@ def _float32_copies(config: MMDiTConfig, itemsize: int) -> float:
 BACKENDS = {
     "cpu": Backend(mlp=7, heads=4, hidden=3, logits=3, gathered=_float32_copies, reserve=0.1e9),
     "gpu": Backend(mlp=16, heads=8, hidden=4, logits=3, gathered=_two_blocks, reserve=1.5e9),
+    "rocm": Backend(mlp=16, heads=8, hidden=4, logits=3, gathered=_two_blocks, reserve=1.5e9),
     "tpu": Backend(mlp=16, heads=8, hidden=4, logits=3, gathered=_two_blocks, reserve=1.5e9),
 }
 # Arrays [B, tokens, hidden_size] that a double and a single block save for the backward pass, by remat: of the residual

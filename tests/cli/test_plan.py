@@ -6,6 +6,7 @@ import pytest
 
 from acejax.cli.main import main
 from tests.counts import count
+from tests.data import drawn
 
 ACE = ["plan", "--config=ace_plus.py"]
 SMALL = ["--config.model.hidden_size=1024", "--config.model.num_heads=8", "--config.model.depth=3",
@@ -16,9 +17,37 @@ def test_a_slice_of_the_config_s_own(capsys, tmp_path):
     assert main(["plan", "--config=ace_plus.py:v5e-256", "--topology=v5e-256", f"--json={tmp_path / 'plan.json'}"]) == 0
     printed = capsys.readouterr().out
     assert "plan: 256 v5e (fsdp 256); " in printed and "splash attention, remat full" in printed
-    found = json.loads((tmp_path / "plan.json").read_text())["plan"]
+    told = json.loads((tmp_path / "plan.json").read_text())
+    found = told["plan"]
     assert sorted((step["image"], step["samples"]) for step in found["steps"]) == [(4096, 512), (8192, 256)]
     assert all(0.3 < step["mfu"] < 0.5 for step in found["steps"])
+    assert all(step["seconds"] == step["compute"] + step["exposed"] for step in found["steps"])
+    assert told["topology"]["devices"] == 256 and told["topology"]["slices"] == 1
+    assert told["run"]["steps"] == 100_000 and told["run"]["hours"] > 24 and told["run"]["price"] is None
+    assert told["run"]["checkpoint"] == pytest.approx(12 * 11_902_587_968, rel=1e-6)
+    assert told["spare"][0]["change"] == "config.execution.remat=attention"
+    assert "the run of 100,000 steps:" in printed and "your data   not known: manifest.jsonl: no such file" in printed
+    assert "GB of a device are left over" in printed
+
+
+def test_two_slices_of_the_config_s_own(capsys):
+    assert main(["plan", "--config=ace_plus.py:v5e-256x2", "--topology=v5e-256x2", "--price=1.2"]) == 0
+    printed = capsys.readouterr().out
+    assert "plan: 512 v5e (2 slices, data 2 x fsdp 256); 1024 samples of 4096+512 tokens; " in printed
+    assert "  price       " in printed
+
+
+def test_one_s_own_data_makes_the_buckets(capsys, tmp_path):
+    path = drawn.write(tmp_path / "pairs", drawn.samples(7))
+    flags = [f"--config.data.sources.mine.path={path}", f"--config.cache.dir={tmp_path / 'cache'}",
+             "--config.data.bucket_multiple=4", "--config.data.batch_tokens=80", f"--json={tmp_path / 'plan.json'}"]
+    assert main(["plan", "--config=ace_plus.py:one-card", "--topology=b300x1", *flags]) == 0
+    told = json.loads((tmp_path / "plan.json").read_text())
+    assert max(step["image"] for step in told["plan"]["steps"]) < 80
+    assert sum(told["run"]["shares"].values()) == pytest.approx(1) and len(told["run"]["shares"]) > 1
+    assert told["run"]["data"] == 7
+    assert told["run"]["epochs"] == pytest.approx(told["run"]["samples"] / 7)
+    assert "your data   7 samples, " in capsys.readouterr().out
 
 
 def test_what_does_not_fit_is_no_success(capsys):
@@ -34,6 +63,9 @@ def test_the_demo_is_planned_by_its_batch_sizes(capsys):
 @pytest.mark.parametrize(("flags", "message"), [
     ([], "--topology=NAME is missing"),
     (["--topology=tpu-8"], "topology 'tpu-8' is unknown"),
+    (["--topology=v5e-255"], "there is no such slice; the nearest are v5e-128 (8x16 chips) and v5e-256"),
+    (["--topology=v5e-256x2", "--tokens=4096"], "config.mesh: data is 1 over 2 slices"),
+    (["--topology=h100x8", "--tokens=4096", "--price=-1"], "price"),
     (["--topology=cpu:8", "--json=nosuch/plan.json"], "--json=nosuch/plan.json: its folder is not there"),
     (["--topology=v5e-256"], "data.batch_tokens is 65536; expected at least 2097152"),
     (["--topology=cpu:8", "--samples=8"], "--samples needs --tokens"),

@@ -19,48 +19,51 @@ class Dense(nn.Module):
     Two collections may stand beside "params": "lora" adds a low-rank product (`acejax.adapt.lora`), "quant" holds the
     kernel in eight bits, which "params" then lacks (`acejax.adapt.quantize`).
 
-    With `heads_first`, features (parts, heads, head_dim) of x [B, S, in] come as [parts, B, heads, S, head_dim], the
-    order in which attention kernels read them: the TPU compiler writes a product in that order, but where it is turned
-    after something has been added to it, it copies.
+    With `parts` the first axis of `features` comes apart and the others are one: a list of [..., out], each a product
+    of its own. A TPU's compiler turns and copies what it multiplies as one, and writes these as the next kernel reads.
     """
 
     features: tuple[int, ...]
     dtype: Any
     use_bias: bool = True
     zero: bool = False
-    heads_first: bool = False
+    parts: bool = False
     gather: Callable[[jax.Array, str], jax.Array] = stored
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array) -> Any:
         x = x.astype(self.dtype)
         if self.has_variable("quant", "q"):
-            q = self._whole("q", self.get_variable("quant", "q"))
-            y = self._product(x, q.astype(self.dtype))  # exact in bfloat16, so that scales can follow the product
-            y = (y.astype(jnp.float32) * self._of_outputs(self.get_variable("quant", "scale"))).astype(self.dtype)
+            q, scale = (self.get_variable("quant", name) for name in ("q", "scale"))
+            q = self._whole("q", q).astype(self.dtype)  # exact in bfloat16, so that scales can follow the product
+            y = [(part.astype(jnp.float32) * one).astype(self.dtype)
+                 for part, one in zip(self._products(x, q), self._apart(scale), strict=True)]
         else:
             shape = (x.shape[-1], *self.features)
             init = nn.initializers.zeros if self.zero else nn.initializers.variance_scaling(
                 1.0, "fan_in", "truncated_normal", in_axis=0, out_axis=tuple(range(1, len(shape))))
             kernel = self.param("kernel", init, shape, jnp.float32)
-            y = self._product(x, self._whole("kernel", kernel.astype(self.dtype)))
+            y = self._products(x, self._whole("kernel", kernel.astype(self.dtype)))
         if self.has_variable("lora", "a"):
             a, b, scale = (self.get_variable("lora", name) for name in ("a", "b", "scale"))
+            b = self._whole("b", scaled(b, scale).astype(self.dtype))
             down = jnp.tensordot(x, self._whole("a", a.astype(self.dtype)), axes=1)
-            y = y + self._product(down, self._whole("b", scaled(b, scale).astype(self.dtype)))
+            y = [part + more for part, more in zip(y, self._products(down, b), strict=True)]
         if self.use_bias:
-            bias = self.param("bias", nn.initializers.zeros, self.features, jnp.float32)
-            y = y + self._of_outputs(bias.astype(self.dtype))
-        return y
+            bias = self.param("bias", nn.initializers.zeros, self.features, jnp.float32).astype(self.dtype)
+            y = [part + one for part, one in zip(y, self._apart(bias), strict=True)]
+        return y if self.parts else y[0]
 
-    def _product(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
-        if self.heads_first:
-            return jnp.einsum("bsi,inhd->nbhsd", x, kernel)
-        return jnp.tensordot(x, kernel, axes=1)
+    def _products(self, x: jax.Array, kernel: jax.Array) -> list[jax.Array]:
+        """x [..., in] times kernel [in, *features]: of each part, or the whole as the only one."""
+        if not self.parts:
+            return [jnp.tensordot(x, kernel, axes=1)]
+        kernel = kernel.reshape(*kernel.shape[:2], -1)
+        return [x @ kernel[:, part] for part in range(kernel.shape[1])]
 
-    def _of_outputs(self, values: jax.Array) -> jax.Array:
-        """What there is one of for each output, laid out as the product."""
-        return values[:, None, :, None] if self.heads_first else values
+    def _apart(self, values: jax.Array) -> list[jax.Array]:
+        """What there is one of for each output [*features], as `_products`."""
+        return list(values.reshape(len(values), -1)) if self.parts else [values]
 
     def _whole(self, leaf: str, kernel: jax.Array) -> jax.Array:
         return self.gather(kernel, "/".join((*self.path, leaf)))

@@ -17,12 +17,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
-from jax.ad_checkpoint import checkpoint_name
 
-from acejax.model.attention import attention
 from acejax.model.config import Execution, MMDiTConfig
 from acejax.model.dense import Dense
-from acejax.model.rope import apply_rope, rotations
+from acejax.model.joint import Heads, attend
+from acejax.model.rope import rotations
 
 Params = dict[str, Any]
 TIME_CHANNELS = 256
@@ -69,13 +68,6 @@ def modulated_norm(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Arra
     return ((1 + scale.astype(jnp.float32)) * x32 + shift.astype(jnp.float32)).astype(x.dtype)
 
 
-def rms_norm(x: jax.Array, scale: jax.Array) -> jax.Array:
-    """Per-head RMSNorm in float32; cast back before the scale, as the reference."""
-    x32 = x.astype(jnp.float32)
-    x32 = x32 * jax.lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + 1e-6)
-    return x32.astype(x.dtype) * scale.astype(x.dtype)
-
-
 gelu = functools.partial(nn.gelu, approximate=True)
 
 
@@ -94,7 +86,7 @@ class StreamLayers(nn.Module):
         c = self.config
         dense = functools.partial(Dense, dtype=self.execution.dtype, gather=self.execution.gather)
         self.modulation = dense((3 if self.parallel else 6, c.hidden_size), zero=True)
-        self.qkv = dense((3, c.num_heads, c.head_dim), heads_first=True)
+        self.qkv = dense((3, c.num_heads, c.head_dim), parts=True)
         self.query_norm = Scale(c.head_dim)
         self.key_norm = Scale(c.head_dim)
         self.proj = dense((c.hidden_size,))
@@ -102,7 +94,7 @@ class StreamLayers(nn.Module):
         self.mlp_out = dense((c.hidden_size,), use_bias=not self.parallel)  # linear2 has one bias: proj's
 
     def before(self, x: jax.Array, vec: jax.Array | None, modulation: jax.Array | None):
-        """x [B, S, D] -> (q, k, v), each [B, heads, S, head_dim], and what `after` needs.
+        """x [B, S, D] -> queries, keys and values, the scales of their norms, and what `after` needs.
 
         `modulation` [B, vectors, D] is what the layer would make of `vec` [B, D]; one of the two is given.
         """
@@ -110,14 +102,14 @@ class StreamLayers(nn.Module):
         modulation = self.execution.constrain(modulation, "modulation")
         shift, scale, *rest = jnp.split(modulation[:, :, None], 3 if self.parallel else 6, axis=1)
         y = self.execution.constrain(modulated_norm(x, shift[:, 0], scale[:, 0]), "hidden")
-        q, k, v = (self.execution.constrain(part, "heads") for part in self.qkv(y))
-        return (self.query_norm(q), self.key_norm(k), v), (x, y, [part[:, 0] for part in rest])
+        heads = Heads(*(self.execution.constrain(part, "heads") for part in self.qkv(y)))
+        return heads, (self.query_norm(), self.key_norm()), (x, y, [part[:, 0] for part in rest])
 
     def after(self, attended: jax.Array, kept) -> jax.Array:
-        """attended [B, S, heads, head_dim] -> the stream's new value [B, S, D]."""
+        """attended [B, S, heads * head_dim] -> the stream's new value [B, S, D]."""
         x, y, modulation = kept
         constrain = self.execution.constrain
-        attended = constrain(self.proj(constrain(attended, "tokens").reshape(x.shape)), "hidden")
+        attended = constrain(self.proj(constrain(attended, "tokens")), "hidden")
         if self.parallel:
             (gate,) = modulation
             return x + gate * (attended + constrain(self.mlp_out(gelu(self.mlp_in(y))), "hidden"))
@@ -133,16 +125,8 @@ class Scale(nn.Module):
     size: int
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return rms_norm(x, self.param("scale", nn.initializers.ones, (self.size,), jnp.float32))
-
-
-def attend(qkv, rope, lengths, execution: Execution) -> jax.Array:
-    """Joint attention of q, k, v over all their tokens, positions applied; named so that remat can keep it."""
-    q, k, v = qkv
-    each = execution.share(functools.partial(attention, implementation=execution.attention))
-    q, k, v = (x.swapaxes(1, 2) for x in (apply_rope(q, *rope), apply_rope(k, *rope), v))
-    return checkpoint_name(each(q, k, v, lengths), "attention")
+    def __call__(self) -> jax.Array:
+        return self.param("scale", nn.initializers.ones, (self.size,), jnp.float32)
 
 
 class DoubleBlock(nn.Module):
@@ -157,10 +141,9 @@ class DoubleBlock(nn.Module):
         text_stream = StreamLayers(self.config, self.execution, name="txt")
         image_stream = StreamLayers(self.config, self.execution, name="img")
         modulation = modulation or {}
-        text_qkv, text_kept = text_stream.before(text, vec, modulation.get("txt"))
-        image_qkv, image_kept = image_stream.before(image, vec, modulation.get("img"))
-        qkv = [jnp.concatenate(pair, axis=2) for pair in zip(text_qkv, image_qkv, strict=True)]
-        attended = attend(qkv, rope, lengths, self.execution)
+        text_heads, text_scales, text_kept = text_stream.before(text, vec, modulation.get("txt"))
+        image_heads, image_scales, image_kept = image_stream.before(image, vec, modulation.get("img"))
+        attended = attend((text_heads, image_heads), (text_scales, image_scales), rope, lengths, self.execution)
         text, image = (self.execution.constrain(x, "hidden") for x in (
             text_stream.after(attended[:, :text.shape[1]], text_kept),
             image_stream.after(attended[:, text.shape[1]:], image_kept)))
@@ -173,8 +156,8 @@ class SingleBlock(StreamLayers):
     parallel: bool = True
 
     def __call__(self, x, modulation, vec, rope, lengths):
-        qkv, kept = self.before(self.execution.constrain(x, "hidden"), vec, modulation)
-        x = self.after(attend(qkv, rope, lengths, self.execution), kept)
+        heads, scales, kept = self.before(self.execution.constrain(x, "hidden"), vec, modulation)
+        x = self.after(attend((heads,), (scales,), rope, lengths, self.execution), kept)
         return self.execution.constrain(x, "hidden"), None
 
 

@@ -40,7 +40,7 @@ RULES = (
 # where its inputs lie over `tensor`, its kernel over (tensor, fsdp), fsdp = tensor and data > 1.
 # `acejax.parallel.swaps` finds it in a compiled program.
 BATCH_AXES = ("fsdp", "data")
-HEADS = P(BATCH_AXES, None, ("tensor", "seq"), None)  # [B, S, heads, head_dim] in attention: all tokens of some heads
+HEADS = P(BATCH_AXES, None, ("tensor", "seq"))  # [B, S, heads * head_dim] in attention: all tokens of some heads
 
 
 def path_of(keys: tuple[Any, ...]) -> str:
@@ -124,7 +124,7 @@ def constrain(mesh: Mesh) -> Callable[[jax.Array, str], jax.Array]:
     the cotangent too) backward.
     """
     meshes.check(mesh)
-    hidden, tokens = P(BATCH_AXES, "seq", None), P(BATCH_AXES, "seq", "tensor", None)
+    hidden, tokens = P(BATCH_AXES, "seq", None), P(BATCH_AXES, "seq", "tensor")
     ways = {"hidden": (hidden,), "modulation": (P(BATCH_AXES, None, None),), "heads": (tokens, HEADS),
             "tokens": (HEADS, tokens)}
 

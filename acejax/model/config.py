@@ -199,9 +199,10 @@ def stored(kernel: "jax.Array", path: str) -> "jax.Array":
     return kernel
 
 
-def whole(attention: "Callable[..., jax.Array]") -> "Callable[..., jax.Array]":
-    """The default `Execution.share`: attention as it is."""
-    return attention
+def whole(kernel: "Callable[..., jax.Array]", kind: str) -> "Callable[..., jax.Array]":
+    """The default `Execution.share`: a kernel as it is."""
+    del kind
+    return kernel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,8 +223,9 @@ class Execution:
         way into attention; "tokens" [B, S, heads * head_dim], what comes out of it.
       gather: `f(kernel, path)` brings the parts of a sharded kernel together just before it meets an activation; the
         path names the layer and the leaf ("single_blocks/mlp_in/kernel").
-      share: makes of attention `f(heads, rows, whole)` one that each device runs on its own samples and heads: trees
-        of arrays [B, S, heads * head_dim], [B, ...], and of any other shape.
+      share: `share(f, kind)` makes of a kernel `f(streams, rows, whole)` one that each device runs on its own part:
+        trees of arrays [B, S, ...] of that kind ("heads": all tokens of its heads, or "hidden"), [B, ...], and of any
+        other shape.
     """
 
     dtype: Any = np.float32
@@ -232,7 +234,7 @@ class Execution:
     chip: str = ""
     constrain: "Callable[[jax.Array, str], jax.Array]" = keep
     gather: "Callable[[jax.Array, str], jax.Array]" = stored
-    share: "Callable[[Callable[..., jax.Array]], Callable[..., jax.Array]]" = whole
+    share: "Callable[[Callable[..., jax.Array], str], Callable[..., jax.Array]]" = whole
 
     def __post_init__(self):
         object.__setattr__(self, "dtype", np.dtype(self.dtype))

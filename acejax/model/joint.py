@@ -53,12 +53,12 @@ def attend(streams: Sequence[Heads], scales: Sequence[Scales], rope: Rope, lengt
     """
     if execution.attention == "flash" and all(stream.query.shape[1] % flash.HEAD == 0 for stream in streams):
         kernels = functools.partial(_by_kernels, execution.chip)
-        return execution.share(kernels)(tuple(streams), (rope, lengths), tuple(scales))
+        return execution.share(kernels, "heads")(tuple(streams), (rope, lengths), tuple(scales))
     parts = [(rms_norm(_heads(stream.query, query), query), rms_norm(_heads(stream.key, key), key),
               _heads(stream.value, key)) for stream, (query, key) in zip(streams, scales, strict=True)]
     query, key, value = (jnp.concatenate(part, axis=1) for part in zip(*parts, strict=True))
     flat = (part.reshape(*part.shape[:2], -1) for part in (apply_rope(query, *rope), apply_rope(key, *rope), value))
-    each = execution.share(functools.partial(_named, execution.attention, query.shape[-1]))
+    each = execution.share(functools.partial(_named, execution.attention, query.shape[-1]), "heads")
     return checkpoint_name(each(tuple(flat), lengths, ()), "attention")
 
 

@@ -22,6 +22,7 @@ from acejax.model.config import Execution, MMDiTConfig
 from acejax.model.dense import Dense
 from acejax.model.joint import Heads, attend
 from acejax.model.rope import rotations
+from acejax.model.tpu import norm as kernel
 
 Params = dict[str, Any]
 TIME_CHANNELS = 256
@@ -60,8 +61,19 @@ def timestep_embedding(t: jax.Array) -> jax.Array:
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
-def modulated_norm(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
-    """LayerNorm without affine, then (1 + scale) x + shift; float32 inside, x's dtype back."""
+def modulated_norm(x: jax.Array, shift: jax.Array, scale: jax.Array, execution: Execution) -> jax.Array:
+    """LayerNorm without affine of x [B, S, D], then (1 + scale) x + shift, both [B, 1, D]; float32 inside, x's dtype
+    back."""
+    if execution.attention == "flash":
+        return execution.share(_norm_by_kernel, "hidden")(x, (shift, scale), ())
+    return _norm(x, shift, scale)
+
+
+def _norm_by_kernel(x: jax.Array, rows: tuple[jax.Array, jax.Array], _: tuple[()]) -> jax.Array:
+    return (kernel.modulated_norm if kernel.takes(x) else _norm)(x, *rows)
+
+
+def _norm(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
     x32 = x.astype(jnp.float32)
     x32 = x32 - x32.mean(-1, keepdims=True)
     x32 = x32 * jax.lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + 1e-6)
@@ -101,7 +113,7 @@ class StreamLayers(nn.Module):
         modulation = self.modulation(nn.silu(vec)) if modulation is None else modulation
         modulation = self.execution.constrain(modulation, "modulation")
         shift, scale, *rest = jnp.split(modulation[:, :, None], 3 if self.parallel else 6, axis=1)
-        y = self.execution.constrain(modulated_norm(x, shift[:, 0], scale[:, 0]), "hidden")
+        y = self.execution.constrain(modulated_norm(x, shift[:, 0], scale[:, 0], self.execution), "hidden")
         heads = Heads(*(self.execution.constrain(part, "heads") for part in self.qkv(y)))
         return heads, (self.query_norm(), self.key_norm()), (x, y, [part[:, 0] for part in rest])
 
@@ -115,7 +127,7 @@ class StreamLayers(nn.Module):
             return x + gate * (attended + constrain(self.mlp_out(gelu(self.mlp_in(y))), "hidden"))
         gate, shift, scale, mlp_gate = modulation
         x = x + gate * attended
-        y = constrain(modulated_norm(x, shift, scale), "hidden")
+        y = constrain(modulated_norm(x, shift, scale, self.execution), "hidden")
         return x + mlp_gate * constrain(self.mlp_out(gelu(self.mlp_in(y))), "hidden")
 
 
@@ -186,7 +198,7 @@ class FinalLayer(nn.Module):
         if modulation is None:
             modulation = Dense((2, c.hidden_size), dtype, zero=True, name="modulation")(nn.silu(vec))
         shift, scale = jnp.split(self.execution.constrain(modulation, "modulation"), 2, axis=1)
-        x = self.execution.constrain(modulated_norm(x, shift, scale), "hidden")
+        x = self.execution.constrain(modulated_norm(x, shift, scale, self.execution), "hidden")
         return Dense((c.out_channels,), dtype, zero=True, name="linear")(x)
 
 

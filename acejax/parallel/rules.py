@@ -40,6 +40,7 @@ RULES = (
 # where its inputs lie over `tensor`, its kernel over (tensor, fsdp), fsdp = tensor and data > 1.
 # `acejax.parallel.swaps` finds it in a compiled program.
 BATCH_AXES = ("fsdp", "data")
+HIDDEN = P(BATCH_AXES, "seq", None)  # [B, S, D], a stream
 HEADS = P(BATCH_AXES, None, ("tensor", "seq"))  # [B, S, heads * head_dim] in attention: all tokens of some heads
 
 
@@ -124,8 +125,8 @@ def constrain(mesh: Mesh) -> Callable[[jax.Array, str], jax.Array]:
     the cotangent too) backward.
     """
     meshes.check(mesh)
-    hidden, tokens = P(BATCH_AXES, "seq", None), P(BATCH_AXES, "seq", "tensor")
-    ways = {"hidden": (hidden,), "modulation": (P(BATCH_AXES, None, None),), "heads": (tokens, HEADS),
+    tokens = P(BATCH_AXES, "seq", "tensor")
+    ways = {"hidden": (HIDDEN,), "modulation": (P(BATCH_AXES, None, None),), "heads": (tokens, HEADS),
             "tokens": (HEADS, tokens)}
 
     def pin(x: jax.Array, kind: str) -> jax.Array:
@@ -165,13 +166,15 @@ def gather(mesh: Mesh) -> Callable[[jax.Array, str], jax.Array]:
     return bring
 
 
-def share(mesh: Mesh) -> Callable[[Callable[..., jax.Array]], Callable[..., jax.Array]]:
-    """The `Execution.share` of a mesh: attention falls apart by samples and heads. TPU kernels must be told so."""
+def share(mesh: Mesh) -> Callable[[Callable[..., jax.Array], str], Callable[..., jax.Array]]:
+    """The `Execution.share` of a mesh: kernels fall apart by samples, and by heads or tokens. TPUs must be told so."""
     meshes.check(mesh)
-    heads, rows = on(mesh, HEADS), on(mesh, P(BATCH_AXES))
+    rows = on(mesh, P(BATCH_AXES))
+    kinds = {"heads": on(mesh, HEADS), "hidden": on(mesh, HIDDEN)}
 
-    def each(attention: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-        return jax.shard_map(attention, mesh=mesh, in_specs=(heads, rows, P()), out_specs=heads,
+    def each(kernel: Callable[..., jax.Array], kind: str) -> Callable[..., jax.Array]:
+        streams = kinds[kind]
+        return jax.shard_map(kernel, mesh=mesh, in_specs=(streams, rows, P()), out_specs=streams,
                              check_vma=False)  # kernels do not say over which axes their results vary
 
     return each

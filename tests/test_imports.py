@@ -20,6 +20,7 @@ ROWS = (
     {"lcu", "flow", "model"},
     {"adapt"},
     {"parallel"},
+    {"aot"},
     {"weights"},
     {"checkpoint", "workdir"},
     {"data"},

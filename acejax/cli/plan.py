@@ -10,6 +10,8 @@ from typing import Any
 
 from absl import flags
 
+from acejax.aot import compiler
+from acejax.aot import table as report_table
 from acejax.cli.config import parse_config
 from acejax.data import written
 from acejax.data.buckets import choose
@@ -24,10 +26,11 @@ from acejax.train import plan_data
 from acejax.train.config import TrainConfig
 from acejax.train.plan import GB, Plan, plan
 from acejax.train.plan_advice import Spare, spare
-from acejax.train.plan_compile import FLAGS, Compiled, compile_step
+from acejax.train.plan_compile import FLAGS, Compiled, compile_for, compile_step
 from acejax.train.plan_data import Samples
 from acejax.train.plan_run import whole
 
+CPU = {"JAX_PLATFORMS": "cpu"}
 OFF = 0.1  # the most that a plan may be off from what XLA says
 
 
@@ -53,10 +56,15 @@ def main(argv: Sequence[str]) -> int:
               "spare": [dataclasses.asdict(use) for use in left]}
     good = found.fits
     if values["compile"].value:
-        modelled = found if there.chip is None else plan(run, buckets, text, None, there.devices)
-        made = _compile(argv, run, modelled)
-        report |= {"compiled": dataclasses.asdict(made), "modelled": dataclasses.asdict(modelled)}
-        good = _compare(modelled, made) and good
+        if there.chip is None:
+            made = Compiled(**_in_child(argv, found, CPU | {"XLA_FLAGS": _virtual(there.devices)}))
+            good = _compare(found, made) and good
+            report["compiled"] = dataclasses.asdict(made)
+        else:
+            compiler.check()
+            report["compiled"] = _in_child(argv, found, compiler.ENVIRONMENT)
+            print(report_table.table(report["compiled"], found.largest), flush=True)
+            good = report["compiled"]["peak"] <= there.chip.limit and good
     if path:
         written.write(path, (json.dumps(report, indent=1) + "\n").encode())
     return 0 if good else 1
@@ -111,20 +119,30 @@ def _buckets(run: TrainConfig, config: Any, there: Topology, tokens: int, sample
     return batch_sizes(sorted({picture, pictures * picture}), data.batch_tokens, parts)
 
 
-def _compile(argv: Sequence[str], run: TrainConfig, modelled: Plan) -> Compiled:
-    """The largest step compiled over virtual devices, which must be there before jax starts: in another process."""
-    if modelled.largest.attention not in ("xla", "xla_chunked"):
-        raise UserError("plan: --compile uses virtual CPU devices, which have no attention by "
-                        f"{modelled.largest.attention}; add --config.execution.attention=xla_chunked")
-    print(f"\ncompiling the step over {modelled.devices} virtual CPU devices ...", flush=True)
-    step = [modelled.largest.samples, modelled.largest.image, modelled.text]
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={modelled.devices} {FLAGS}"}
-    child = subprocess.run([sys.executable, "-m", "acejax.cli.plan", json.dumps(step), *argv], env=environment,
-                           stdout=subprocess.PIPE, text=True, check=False)
+def _in_child(argv: Sequence[str], found: Plan, environment: dict[str, str]) -> dict[str, Any]:
+    """The largest step, compiled by another process: what jax compiles for is settled before it starts."""
+    where = "virtual CPU devices" if found.chip is None else found.chip.name
+    print(f"\ncompiling the step for {found.devices} {where} ...", flush=True)
+    step = [found.largest.samples, found.largest.image, found.text]
+    child = subprocess.run([sys.executable, "-m", "acejax.cli.plan", json.dumps(step), *argv],
+                           env=os.environ | environment, stdout=subprocess.PIPE, text=True, check=False)
     if child.returncode:
         raise UserError(f"plan: the step did not compile (exit code {child.returncode}); the lines above tell why")
-    return Compiled(**json.loads(child.stdout.splitlines()[-1]))
+    return json.loads(child.stdout.splitlines()[-1])
+
+
+def _virtual(devices: int) -> str:
+    return f"--xla_force_host_platform_device_count={devices} {FLAGS}"
+
+
+def _child(step: str, argv: Sequence[str]) -> None:
+    """The other process of `_in_child`: prints what it found as the last line."""
+    values, config = parse_config("plan", argv, _define)
+    run, there, sizes = TrainConfig.of(config), topology(values["topology"].value), json.loads(step)
+    if there.chip is None:
+        print(json.dumps(dataclasses.asdict(compile_step(run, *sizes))))
+    else:
+        print(json.dumps(compile_for(run, there, *sizes).to_json()))
 
 
 def _compare(modelled: Plan, made: Compiled) -> bool:
@@ -153,11 +171,14 @@ def _define(values: flags.FlagValues) -> None:
                          lower_bound=1, flag_values=values)
     flags.DEFINE_integer("text", None, "Text tokens of a sample; by default as the config has it.", lower_bound=1,
                          flag_values=values)
-    flags.DEFINE_boolean("compile", False, "Hold the plan against the compiled step of as many virtual CPU devices.",
+    flags.DEFINE_boolean("compile", False, "Ask the compiler: a TPU's own, with libtpu (make aot), or XLA's for "
+                         "virtual devices of cpu:N.",
                          flag_values=values)
     flags.DEFINE_string("json", None, "Where to write the plan as JSON.", flag_values=values)
 
 
-if __name__ == "__main__":  # the other process of `_compile`
-    _, parsed_config = parse_config("plan", sys.argv[2:], _define)
-    print(json.dumps(dataclasses.asdict(compile_step(TrainConfig.of(parsed_config), *json.loads(sys.argv[1])))))
+if __name__ == "__main__":
+    try:
+        _child(sys.argv[1], sys.argv[2:])
+    except UserError as error:
+        sys.exit(f"acejax: {error}")

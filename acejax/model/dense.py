@@ -56,10 +56,9 @@ class Dense(nn.Module):
         return y if self.parts else y[0]
 
     def _products(self, x: jax.Array, kernel: jax.Array) -> list[jax.Array]:
-        """x [..., in] times kernel [in, *features]: of each part, or the whole as the only one."""
+        """x [..., in] times kernel, as `_whole` gives it: of each part, or the whole as the only one."""
         if not self.parts:
             return [jnp.tensordot(x, kernel, axes=1)]
-        kernel = kernel.reshape(*kernel.shape[:2], -1)
         return [x @ kernel[:, part] for part in range(kernel.shape[1])]
 
     def _apart(self, values: jax.Array) -> list[jax.Array]:
@@ -67,6 +66,9 @@ class Dense(nn.Module):
         return list(values.reshape(len(values), -1)) if self.parts else [values]
 
     def _whole(self, leaf: str, kernel: jax.Array) -> jax.Array:
+        """The kernel, brought together; one of parts as [in, parts, out]."""
+        if self.parts and kernel.ndim > 2:
+            leaf, kernel = f"{leaf}_parts", kernel.reshape(*kernel.shape[:2], -1)
         return self.gather(kernel, "/".join((*self.path, leaf)))
 
 

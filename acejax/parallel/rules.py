@@ -21,18 +21,20 @@ RULES = (
     (r"/v_(row|col)/", ()),  # Adafactor's means over one axis of a kernel: small, and of other axes than the kernel's
     # q: a quantised kernel
     (r"qkv/(kernel|q)$", ("fsdp", None, "tensor", None)),  # [in, 3, heads, head_dim]
+    (r"qkv/(kernel|q)_parts$", ("fsdp", None, "tensor")),  # on its way to a product, [in, 3, heads * head_dim]
+    (r"qkv/b_parts$", (None, None, "tensor")),
     (r"qkv/bias$", (None, "tensor", None)),
     (r"modulation/(kernel|q)$", ("fsdp", None, "tensor")),  # [in, 6 or 3, hidden]
-    (r"(proj|mlp_out|out_layer)/(kernel|q)$", ("tensor", "fsdp")),
+    (r"(proj|mlp_out|out_layer)/(kernel|q)$", (("tensor", "fsdp"), None)),
     (r"modulation/bias$", (None, "tensor")),
     (r"mlp_in/bias$", ("tensor",)),
     (r"/(kernel|q)$", ("fsdp", "tensor")),
     # a LoRA pair: a [in, rank] lies as the kernel's inputs, b [rank, *features] as its features
-    (r"(proj|mlp_out|out_layer)/a$", ("tensor", None)),
+    (r"(proj|mlp_out|out_layer)/a$", (("tensor", "fsdp"), None)),
     (r"/a$", ("fsdp", None)),
     (r"qkv/b$", (None, None, "tensor", None)),
     (r"modulation/b$", (None, None, "tensor")),
-    (r"(proj|mlp_out|out_layer)/b$", (None, "fsdp")),
+    (r"(proj|mlp_out|out_layer)/b$", (None, None)),
     (r"/b$", (None, "tensor")),
     (r"", ()),
 )
@@ -76,8 +78,15 @@ def _fit(spec: tuple[Any, ...], shape: tuple[int, ...], mesh: Mesh) -> P:
     if len(spec) > len(shape):
         return P()
     spec = (None,) * (len(shape) - len(spec)) + spec
-    return P(*(axis if axis in mesh.shape and size % mesh.shape[axis] == 0 else None
-               for axis, size in zip(spec, shape, strict=True)))
+
+    def fits(axes: str | tuple[str, ...] | None, size: int) -> str | tuple[str, ...] | None:
+        kept = ()
+        for axis in (axes,) if isinstance(axes, str) else axes or ():
+            if axis in mesh.shape and size % parts(mesh, *kept, axis) == 0:
+                kept = (*kept, axis)
+        return kept[0] if len(kept) == 1 else kept or None
+
+    return P(*map(fits, spec, shape))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -148,22 +157,26 @@ def gather(mesh: Mesh) -> Callable[[jax.Array, str], jax.Array]:
     """
     meshes.check(mesh)
 
-    def pinned(kernel: jax.Array, spec: P) -> jax.Array:
-        return jax.lax.with_sharding_constraint(kernel, NamedSharding(mesh, spec))
+    def pin(kernel: jax.Array, *spec: Any) -> jax.Array:
+        return jax.lax.with_sharding_constraint(kernel, NamedSharding(mesh, P(*spec)))
 
     @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-    def together(kernel, cut):
-        return pinned(kernel, P(*(None if axis == "fsdp" else axis for axis in cut)))
+    def together(kernel, spec):
+        return pin(kernel, *(_without("fsdp", axes) for axes in spec))
 
-    together.defvjp(lambda kernel, cut: (together(kernel, cut), None),
-                    lambda cut, _, gradient: (pinned(gradient, cut),))
+    together.defvjp(lambda kernel, spec: (together(kernel, spec), None),
+                    lambda spec, _, gradient: (pin(gradient, *spec),))
 
     def bring(kernel: jax.Array, path: str) -> jax.Array:
-        if "/modulation/" in path:
-            return kernel
-        return together(kernel, _fit(_rule(path), kernel.shape, mesh))
+        spec = _fit(_rule(path), kernel.shape, mesh)
+        return kernel if "/modulation/" in path else together(kernel, spec)
 
     return bring
+
+
+def _without(axis: str, axes: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+    kept = tuple(one for one in ((axes,) if isinstance(axes, str) else axes or ()) if one != axis)
+    return kept[0] if len(kept) == 1 else kept or None
 
 
 def share(mesh: Mesh) -> Callable[[Callable[..., jax.Array], str], Callable[..., jax.Array]]:

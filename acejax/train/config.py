@@ -127,11 +127,16 @@ class LoraConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ExecutionConfig:
-    """As `acejax.Execution`, which also needs the mesh."""
+    """As `acejax.Execution`, which also needs the mesh.
+
+    Attributes:
+      compiler_options: of XLA, over those of `acejax.parallel.options`.
+    """
 
     dtype: str = "bfloat16"
     attention: str = "auto"
     remat: str = "full"
+    compiler_options: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         try:

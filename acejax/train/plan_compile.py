@@ -1,7 +1,7 @@
 """The real training step of a run, compiled from abstract values: what XLA says that it holds and communicates.
 
-On virtual CPU devices this is the program that an accelerator would run, but for what `OPTIONS` and
-`acejax.train.plan.BACKENDS` tell.
+For a TPU this is the program that runs there (`acejax.aot`). On virtual CPU devices it is the one that an accelerator
+would run, but for what `OPTIONS` and `acejax.train.plan_memory.BACKENDS` tell.
 """
 
 import collections
@@ -13,10 +13,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
+from acejax.aot import compiler
 from acejax.model.config import MMDiTConfig
 from acejax.parallel import mesh as meshes
 from acejax.parallel import rules
+from acejax.parallel.chips import Topology
+from acejax.parallel.options import options
 from acejax.train.config import TrainConfig
 from acejax.train.program import Program, place
 from acejax.train.stacks import STACKS
@@ -80,6 +84,31 @@ def compile_step(run: TrainConfig, samples: int, image: int, text: int) -> Compi
     part = samples // run.optimizer.accumulate
     return Compiled(memory.argument_size_in_bytes, memory.temp_size_in_bytes, seconds, stack_gathers(hlo, params),
                     repeated_reductions(hlo, params, {samples, part, image, text, image + text}))
+
+
+def lower_for(run: TrainConfig, topology: Topology, samples: int, image: int, text: int) -> jax.stages.Lowered:
+    """The step of one bucket for TPUs that are not here; arguments as of `compile_step`."""
+    mesh = meshes.make_mesh(run.mesh, compiler.devices(topology))
+    return _lower(run, mesh, samples, image, text)
+
+
+def compile_for(run: TrainConfig, topology: Topology, samples: int, image: int, text: int, schedules: bool = True
+                ) -> compiler.Report:
+    """What the TPU's compiler says of the step of one bucket; arguments as of `compile_step`.
+
+    Raises:
+      UserError: libtpu is not here, or the step does not fit or does not compile.
+    """
+    lowered = lower_for(run, topology, samples, image, text)
+    used = options("tpu", run.execution.compiler_options) or {}
+    return compiler.compile(lowered, topology, used, schedules)[1]
+
+
+def _lower(run: TrainConfig, mesh: Mesh, samples: int, image: int, text: int) -> jax.stages.Lowered:
+    rules.check_batch(mesh, samples, run.optimizer.accumulate)
+    program, batch = Program.of(run, mesh, references=1, tasks=8), abstract_batch(run.model, samples, image, text)
+    batch = place(batch, dict.fromkeys(batch, rules.batch_sharding(mesh)))
+    return program.step.lower(program.state, batch, frozen=program.frozen)
 
 
 def stack_gathers(hlo: str, params: Any) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from acejax.model import mmdit
 from acejax.model.config import Execution
 from acejax.parallel import kernels, rules
+from acejax.parallel.options import options
 from acejax.train import lora
 from acejax.train.config import TrainConfig
 from acejax.train.fused import fused_step
@@ -56,7 +57,8 @@ class Program:
         placement = rules.shardings(shapes, mesh)
         step = fused_step if run.optimizer.fused else train_step
         step = jax.jit(functools.partial(step, setting=setting, optimizer=optimizer), donate_argnums=0,
-                       out_shardings=(placement, placement.step))
+                       out_shardings=(placement, placement.step),
+                       compiler_options=options(kernels.device_of(mesh).platform, how.compiler_options))
         return cls(run, mesh, setting, optimizer, place(shapes, placement), frozen, step)
 
     def begin(self) -> TrainState:

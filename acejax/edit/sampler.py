@@ -1,6 +1,5 @@
 """From noise to latents: the modulation of all steps first, then Euler as one compiled loop without its weights."""
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 

@@ -9,6 +9,7 @@ from acejax.errors import UserError
 from acejax.parallel.chips import Chip, slice_sizes
 from acejax.train.config import TrainConfig
 from acejax.train.plan_estimate import GB, Plan, estimate
+from acejax.train.plan_memory import attention_of
 
 ONE_CARD = {"name": "adafactor", "param_dtype": "bfloat16", "fused": True, "clip": 0.0, "accumulate": 1}
 MOST = 1024  # devices that are tried

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 import acejax
+from acejax.model import joint
 from acejax.model.mmdit import example
+from acejax.model.rope import rotations
 from acejax.parallel import rules
 from acejax.parallel.mesh import AXES, abstract_mesh
 
@@ -60,6 +62,29 @@ def test_the_model_is_that_of_xla(text, lengths, params, interpreted):
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-4 * float(jnp.abs(other).max()))
         assert jnp.any(other != 0)
+
+
+@pytest.mark.parametrize("lengths", [None, (256, 100)])
+def test_joint_attention_is_padded_at_its_end(lengths, interpreted, monkeypatch):
+    """Where tokens do not fall into large blocks; here 256 to 384."""
+    monkeypatch.setattr("acejax.model.tpu.attention.padded", lambda tokens: tokens + 128)
+    random = np.random.default_rng(2)
+    streams = [joint.Heads(*random.normal(size=(3, 2, 128, 128)).astype(np.float32)) for _ in range(2)]
+    scales = [tuple(random.normal(size=(2, 128)).astype(np.float32)) for _ in streams]
+    rope = rotations(random.integers(0, 20, (2, 256, 3)), CONFIG.axes_dim, CONFIG.theta)
+    lengths = None if lengths is None else jnp.array(lengths, jnp.int32)
+    valid = jnp.arange(256) < (jnp.full(2, 256) if lengths is None else lengths)[:, None]
+
+    def made(attention):
+        def total(streams, scales):
+            out = joint.attend(streams, scales, rope, lengths, acejax.Execution(attention=attention))
+            out = jnp.where(valid[:, :, None], out, 0)
+            return jnp.sin(out).sum(), out
+
+        return jax.jit(jax.value_and_grad(total, (0, 1), has_aux=True))(streams, scales)
+
+    for one, other in zip(jax.tree.leaves(made("flash")), jax.tree.leaves(made("xla")), strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-5 * max(1, float(jnp.abs(other).max())))
 
 
 @pytest.mark.parametrize("changes", [{"num_heads": 4, "axes_dim": (8, 28, 28)}, {"num_heads": 1, "axes_dim": (

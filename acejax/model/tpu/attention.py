@@ -194,7 +194,7 @@ def _backward(query, key, value, lengths, out, total, gradient, tiles, interpret
         return pl.BlockSpec((1, tiles.back_queries, HEAD), columns)
 
     each = of_queries(lambda b, h, j, i, _: (b, i, h))
-    at_end = of_queries(lambda b, h, j, i, _: (b, jnp.where(j == blocks - 1, i, 0), h))  # written when all are seen
+    at_end = of_queries(lambda b, h, j, i, _: (b, jnp.where(j == blocks - 1, i, 0), h))  # written when all keys are seen
     at_first = of_queries(lambda b, h, j, i, _: (b, jnp.where(j == 0, i, steps - 1), h))  # read while delta is made
     of_keys = pl.BlockSpec((1, tiles.back_keys, HEAD), lambda b, h, j, i, _: (b, j, h))
     of_rows = pl.BlockSpec((1, 1, 1, tiles.back_queries), lambda b, h, j, i, _: (b, h, 0, i))

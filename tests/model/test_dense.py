@@ -89,4 +89,5 @@ def test_kernels_are_gathered_by_their_paths(parts):
     made = jax.tree.leaves(layer.apply(trees, drawn(0, 2, 5, 8)))
     assert all((part == 1).all() for part in made)
     names = sorted((path.split("/")[-1], shape) for path, shape in seen)
-    assert names == [("a", (8, 2)), ("b", (2, 3, 2, 4)), ("kernel", (8, 3, 2, 4))]
+    assert names == ([("a", (8, 2)), ("b_parts", (2, 3, 8)), ("kernel_parts", (8, 3, 8))] if parts else
+                     [("a", (8, 2)), ("b", (2, 3, 2, 4)), ("kernel", (8, 3, 2, 4))])

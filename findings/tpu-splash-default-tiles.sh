@@ -5,7 +5,8 @@
 # the steps of its grid, for v6e, 24 heads of 128, 4,608 tokens, forward. Waiting for memory is not in it.
 #
 # Output seen:
-@OUT@
+#   block_sizes=None: 17.1 million cycles
+#   blocks of 1,536: 1.6 million cycles
 #
 # Exits 0 while this is so, 1 when it is not, 2 where the packages can't be installed.
 set -u

@@ -183,8 +183,10 @@ class Embedder(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         width = (self.config.hidden_size,)
-        x = nn.silu(Dense(width, self.execution.dtype, name="in_layer")(x))
-        return Dense(width, self.execution.dtype, name="out_layer")(x)
+        x = nn.silu(Dense(width, self.execution.dtype, name="in_layer", gather=self.execution.gather)(x))
+        x = self.execution.constrain(x, "row")
+        x = Dense(width, self.execution.dtype, name="out_layer", gather=self.execution.gather)(x)
+        return self.execution.constrain(x, "row")
 
 
 class FinalLayer(nn.Module):

@@ -141,8 +141,9 @@ def constrain(mesh: Mesh) -> Callable[[jax.Array, str], jax.Array]:
     meshes.check(mesh)
     tokens = P(BATCH_AXES, "seq", "tensor")
     ways = {"hidden": (HIDDEN,), "heads": (tokens, HEADS), "tokens": (HEADS, tokens),
-            "vector": (P(BATCH_AXES, None), P(None, "fsdp")),
-            "modulation": (P(None, None, "tensor"), P(BATCH_AXES, None, None))}
+            "row": (P(BATCH_AXES, None),),
+            "vector": (P(BATCH_AXES, None), P(None, None), P(None, "fsdp")),  # gathered, then cut: no permutes
+            "modulation": (P(None, None, "tensor"), P(None, None, None), P(BATCH_AXES, None, None))}
 
     def pin(x: jax.Array, kind: str) -> jax.Array:
         for spec in ways[kind]:

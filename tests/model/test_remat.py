@@ -1,0 +1,90 @@
+"""What the backward pass finds saved: what the table says of it, and gradients that do not depend on it."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import acejax
+from acejax.model import flops, remat
+from acejax.model.mmdit import example
+
+CONFIG = acejax.MMDiTConfig.tiny(depth=2, depth_single_blocks=3, hidden_size=64, num_heads=2, mlp_ratio=3)
+BATCH, IMAGE, TEXT = 2, 6, 3
+NAMES = tuple(remat.TABLE)
+SETTINGS = remat.settings()
+
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+@pytest.fixture(scope="module")
+def params():
+    """Random everywhere: adaLN-zero would make the model blind to its input."""
+    leaves, tree = jax.tree.flatten(jax.eval_shape(acejax.init, CONFIG, jax.random.key(0)))
+    random = np.random.default_rng(1)
+    return tree.unflatten([0.2 * random.normal(size=leaf.shape).astype(np.float32) for leaf in leaves])
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    random = np.random.default_rng(2)
+    shapes = example(CONFIG, BATCH, IMAGE, TEXT)
+    return jax.tree.map(lambda x: jnp.asarray(random.normal(size=x.shape), x.dtype) if x.dtype == jnp.float32
+                        else jnp.full(x.shape, IMAGE, x.dtype) if x.ndim == 1 else jnp.zeros(x.shape, x.dtype), shapes)
+
+
+def loss(setting, params, tokens):
+    return jnp.square(acejax.apply(CONFIG, params, tokens, execution=acejax.Execution(remat=setting))).mean()
+
+
+@functools.cache
+def saved(setting):
+    """Activations' numbers that the forward pass gives to the backward pass: of blocks, in stacks [layers, B, ...]."""
+    shapes = jax.eval_shape(acejax.init, CONFIG, jax.random.key(0)), example(CONFIG, BATCH, IMAGE, TEXT)
+    found = jax.eval_shape(lambda *args: jax.vjp(functools.partial(loss, setting), *args)[1], *shapes)
+    return sum(leaf.size for leaf in jax.tree.leaves(found) if leaf.ndim >= 4 and leaf.shape[1] == BATCH)
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_what_is_saved_is_what_the_table_says(setting):
+    if setting == remat.NONE:
+        assert saved(setting) > max(saved(each) for each in SETTINGS if each != remat.NONE)
+        return
+    inputs = BATCH * (IMAGE + TEXT) * CONFIG.hidden_size * (CONFIG.depth + CONFIG.depth_single_blocks)
+    pairs = remat.values(CONFIG, setting).values()
+    counted = sum(CONFIG.depth * double + CONFIG.depth_single_blocks * single for double, single in pairs)
+    assert saved(setting) - inputs == BATCH * (IMAGE + TEXT) * counted
+
+
+@pytest.fixture(scope="module")
+def gradients(params, tokens):
+    return jit(jax.grad(functools.partial(loss, remat.NONE)))(params, tokens)
+
+
+@pytest.mark.parametrize("setting", [remat.FULL, *NAMES, "attention,mlp,out", ",".join(NAMES)])
+def test_no_set_changes_a_gradient(params, tokens, gradients, setting):
+    found = jit(jax.grad(functools.partial(loss, setting)))(params, tokens)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * float(jnp.abs(b).max())), found, gradients)
+
+
+def test_what_all_names_spare_are_the_blocks_products():
+    once = flops.forward(CONFIG, TEXT, IMAGE)
+    assert remat.flops(CONFIG, remat.FULL, TEXT + IMAGE) == 0
+    assert remat.flops(CONFIG, remat.ATTENTION, TEXT + IMAGE) == once.attention
+    assert remat.flops(CONFIG, ",".join(NAMES), TEXT + IMAGE) == once.attention + once.linear
+
+
+def test_names_have_one_order_and_each_set_is_there_once():
+    assert remat.names("mlp, attention") == ("attention", "mlp")
+    assert remat.setting(("out", "attention")) == "attention,out"
+    assert len(set(SETTINGS)) == len(SETTINGS) == 2 ** len(NAMES) + 1
+    assert all(remat.setting(remat.names(each)) == each for each in SETTINGS[:-1])
+
+
+@pytest.mark.parametrize("setting", ["some", "full,attention", "none,mlp", "", "attention,"])
+def test_what_is_no_set_is_refused(setting):
+    with pytest.raises(ValueError, match=f"Execution.remat is '{setting}'; known: none, full, or with commas some of "
+                                         "attention, qkv, mlp, proj, out"):
+        acejax.Execution(remat=setting)

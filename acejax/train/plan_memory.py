@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
-from acejax.model import attention
+from acejax.model import attention, remat
 from acejax.model.config import MMDiTConfig
 from acejax.model.mmdit import init
 from acejax.parallel import rules
@@ -72,9 +72,6 @@ BACKENDS = {
     "rocm": Backend(mlp=16, heads=8, hidden=4, logits=3, gathered=_two_blocks, reserve=1.5e9),
     "tpu": Backend(mlp=16, heads=8, hidden=4, logits=3, gathered=_two_blocks, reserve=1.5e9),
 }
-# Arrays [B, tokens, hidden_size] that a double and a single block save for the backward pass, by remat: of the residual
-# stream (the block's input), and of heads and MLP (attention's output). "none" are all residuals of differentiation.
-SAVED = {"full": ((1, 0), (1, 0)), "attention": ((1, 1), (1, 1)), "none": ((16, 38), (9, 37))}
 MUON = 2.7  # copies of the gradients while Muon goes through the stacks: what it changes in place is copied before
 VECTORS = 133  # float32 [hidden_size] that modulation holds of each sample of all devices
 
@@ -129,7 +126,8 @@ def memory(run: TrainConfig, mesh: AbstractMesh, samples: int, image: int, text:
     With B samples a device and a part of the batch, N tokens, H heads, A = B N hidden_size / seq arrays of the
     activations' dtype:
 
-        saved    A (double blocks + single blocks) by `SAVED`, what is of heads or MLP over the tensor axis
+        saved    A (double blocks + single blocks), their inputs, and what `acejax.model.remat` says, that of heads
+                 and MLP over the tensor axis
         working  A (mlp + heads + hidden), and logits 4 B H chunk N, of a kernel 8 B H N
         vectors  4 samples hidden_size VECTORS
     """
@@ -140,8 +138,10 @@ def memory(run: TrainConfig, mesh: AbstractMesh, samples: int, image: int, text:
     tokens = image + text
     array = local * tokens / seq * model.hidden_size * dtype.itemsize
     blocks = (model.depth, model.depth_single_blocks)
-    saved = sum(count * array * (hidden + split / tensor)
-                for count, (hidden, split) in zip(blocks, SAVED[run.execution.remat], strict=True))
+    saved = array * sum(blocks)
+    for split, values in remat.values(model, run.execution.remat).items():
+        kept = sum(count * value for count, value in zip(blocks, values, strict=True))
+        saved += array / model.hidden_size * kept / (tensor if split else 1)
     batch = abstract_batch(model, 1, image, text)
     working = array * ((held.mlp + held.heads) / tensor + held.hidden)
     working += _logits(run, local, tokens, held, backend) / (tensor * seq)

@@ -101,3 +101,12 @@ def test_a_relative_workdir_and_a_log_cut_short(tmp_path, monkeypatch):
         file.write('{"step": 5, "lo')
     train(make_config(), "run", make_stream(), until=6)
     assert len(losses(tmp_path / "run")) == 6
+
+
+def test_what_the_plan_chose_is_told_and_noted(tmp_path, capsys):
+    config = make_config()
+    config.execution.remat = "auto"
+    train(config, tmp_path, make_stream(), until=1)
+    assert "config.execution.remat is 'auto': here 'full'" in capsys.readouterr().out  # a CPU tells of no memory
+    assert json.loads((tmp_path / "config.json").read_text())["execution"]["remat"] == "auto"
+    assert checkpoint.Checkpoints(tmp_path, 1).notes(1)["remat"] == "full"

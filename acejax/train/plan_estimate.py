@@ -206,4 +206,7 @@ def _recomputed(run: TrainConfig, once: flops.Flops, samples: int, tokens: int, 
     """FLOPs done twice: by remat, and q k^T in the backward pass of an attention that keeps no logits."""
     setting = run.execution.remat
     again = 0 if setting == remat.NONE else once.total - samples * remat.flops(run.model, setting, tokens)
-    return again + (0 if attention_of(run, tokens, backend) == "xla" else once.attention / 2)
+    if attention_of(run, tokens, backend) != "xla":
+        return again + once.attention / 2
+    remade = setting != remat.NONE and remat.ATTENTION in remat.names(setting)  # the weights of a saved result
+    return again + (once.attention / 2 if remade else 0)

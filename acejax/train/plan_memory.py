@@ -157,8 +157,7 @@ def memory(run: TrainConfig, mesh: AbstractMesh, samples: int, image: int, text:
         working  A (mlp + heads + hidden), and logits 4 B H chunk N, of a kernel 8 B H N
         vectors  4 samples hidden_size (vectors of `Backend`)
     """
-    model, dtype, held = run.model, jnp.dtype(run.execution.dtype), BACKENDS[backend]
-    accumulate = run.optimizer.accumulate
+    model, held, accumulate = run.model, BACKENDS[backend], run.optimizer.accumulate
     frozen, parameters, optimizer = state_bytes(model, run.lora, run.optimizer, mesh, backend == "tpu")
     size = jnp.dtype(run.optimizer.param_dtype).itemsize
     summed = 4 / size * parameters  # as float32

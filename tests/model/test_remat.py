@@ -8,6 +8,7 @@ import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo
 
 import acejax
 from acejax.model import flops, remat
@@ -103,6 +104,28 @@ def products(jaxpr):
         times = equation.params["length"] if equation.primitive.name == "scan" else 1
         total += times * sum(products(inner) for inner in jax.extend.core.jaxprs_in_params(equation.params))
     return total
+
+
+def calls(jaxpr, name):
+    """How often an operation of this name is written down."""
+    return sum((name in str(equation.params.get("name", equation.primitive.name)))
+               + sum(calls(inner, name) for inner in jax.extend.core.jaxprs_in_params(equation.params))
+               for equation in jaxpr.eqns)
+
+
+@pytest.mark.parametrize(("setting", "times"), [("full", 4), ("out", 4), ("attention", 2), ("attention,mlp", 2)])
+def test_cudnn_runs_once_a_layer_where_attention_is_saved(setting, times, monkeypatch):
+    """In two stacks; the kernel is traced and not run, on no GPU."""
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 92_000)
+    monkeypatch.setattr(fused_attention_stablehlo, "check_compute_capability", lambda *_: True)
+    monkeypatch.setattr(fused_attention_stablehlo, "is_cuda_compute_capability_equal", lambda *_: True)
+    execution = acejax.Execution(jnp.bfloat16, "cudnn", setting)
+    shapes = jax.eval_shape(acejax.init, CONFIG, jax.random.key(0)), example(CONFIG, BATCH, IMAGE, TEXT + 1)
+    traced = jax.make_jaxpr(jax.grad(
+        lambda params, tokens: acejax.apply(CONFIG, params, tokens, execution=execution).sum().astype(jnp.float32)
+    ))(*shapes)
+    found = {name: calls(traced.jaxpr, f"dot_product_attention_{name}_wrapper") for name in ("fwd", "bwd")}
+    assert found == {"fwd": times, "bwd": 2}
 
 
 @functools.cache

@@ -95,16 +95,16 @@ def spare(run: TrainConfig, found: Plan, buckets: Buckets) -> tuple[Spare, ...]:
 
 
 def _less_recomputed(run: TrainConfig, found: Plan, buckets: Buckets) -> list[Spare]:
-    """What recomputes the least at this batch, and a smaller batch that recomputes nothing."""
-    uses = []
-    for setting in _costs(run, found, buckets)[0]:
+    """What recomputes the least at this batch, and a smaller batch with the least of all."""
+    uses, less = [], _costs(run, found, buckets)[0]
+    for setting in less:
         uses += _first(found, buckets, using(run, setting), f"config.execution.remat={setting}", (1,))
         if uses:
             break
-    if run.execution.remat != remat.NONE and not any(use.change.endswith(f"={remat.NONE}") for use in uses):
+    if less and not any(use.change.endswith(f"={less[0]}") for use in uses):
         rows = _rows(run, found, buckets)
         parts = [1 / parts for parts in range(2, rows + 1) if rows % parts == 0]
-        uses += _first(found, buckets, using(run, remat.NONE), f"config.execution.remat={remat.NONE}", parts)
+        uses += _first(found, buckets, using(run, less[0]), f"config.execution.remat={less[0]}", parts)
     return uses
 
 
@@ -112,7 +112,9 @@ def _costs(run: TrainConfig, found: Plan, buckets: Buckets) -> tuple[tuple[str, 
     """Settings that recompute less than the run's, and those that recompute more, each from the least on."""
     costs = by_cost(run.model, buckets, found.text)
     here = run.execution.remat
-    place = costs.index(here if here == remat.NONE else remat.setting(remat.names(here)))
+    if here == remat.NONE:
+        return (), costs
+    place = costs.index(remat.setting(remat.names(here)))
     return costs[:place], costs[place + 1:]
 
 

@@ -16,9 +16,9 @@ def settled(run: TrainConfig, buckets: Mapping[int, int], text: int, chip: Chip 
             ) -> TrainConfig:
     """A run whose `execution.remat` is "auto" with a setting in its place; any other run as it is.
 
-    It is the one that recomputes the fewest FLOPs of those whose planned memory fits. "full", which takes the least
-    memory, where none does, where nothing is known of the devices' memory (a CPU, a GPU that is in no table), and in a
-    fused step, which has no other.
+    It is the set of named activations (`acejax.model.remat.settings`) that recomputes the fewest FLOPs of those whose
+    planned memory fits. It is "full", which takes the least memory, where none does, where nothing is known of the
+    devices' memory (a CPU, a GPU that is in no table), and in a fused step, which has no other.
 
     Args:
       buckets, text, chip, devices, slices: as `acejax.train.plan.plan` takes them.
@@ -43,12 +43,12 @@ def using(run: TrainConfig, setting: str) -> TrainConfig:
 
 
 def by_cost(model: MMDiTConfig, buckets: Mapping[int, int], text: int) -> tuple[str, ...]:
-    """All settings, those that recompute the fewest FLOPs first, in a step of each bucket together; of equal ones that
+    """All sets, those that recompute the fewest FLOPs first, in a step of each bucket together; of equal ones that
     which saves less."""
-    def cost(setting: str) -> tuple[bool, float, float]:
+    def cost(setting: str) -> tuple[float, float]:
         kept = sum(model.depth * double + model.depth_single_blocks * single
                    for double, single in remat.values(model, setting).values())
         spared = sum(samples * remat.flops(model, setting, image + text) for image, samples in buckets.items())
-        return setting != remat.NONE, -spared, kept
+        return -spared, kept
 
     return tuple(sorted(remat.settings(), key=cost))

@@ -38,7 +38,7 @@ class Activation:
 
 TABLE = {
     ATTENTION: Activation(
-        "what attention gives (a kernel's sum of exponentials, two numbers a head, with it)",
+        "what attention gives, with what its kernel needs beside it: a number a head, which is not counted",
         lambda c: (c.hidden_size, c.hidden_size),
         lambda c, tokens: (4 * tokens * c.hidden_size, 4 * tokens * c.hidden_size)),
     QKV: Activation(

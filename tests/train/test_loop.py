@@ -80,12 +80,12 @@ def test_mistakes_leave_nothing_behind(tmp_path):
     bad_model = make_config()
     bad_model.model.num_heads = 3
     bad_execution = make_config()
-    bad_execution.execution.attention = "flash"
+    bad_execution.execution.attention = "fast"
     no_rate, misspelt, uneven = make_config(), make_config(), make_config()
     del no_rate.optimizer.learning_rate
     misspelt.wach = {"every": 1}
     uneven.optimizer.accumulate = 3
-    for config, message in ((bad_mesh, "mesh"), (bad_model, "num_heads 3"), (bad_execution, "'flash'; known: auto"),
+    for config, message in ((bad_mesh, "mesh"), (bad_model, "num_heads 3"), (bad_execution, "'fast'; known: auto"),
                             (no_rate, r"config\.optimizer\.learning_rate is missing"),
                             (misspelt, r"config\.wach: no such field; expected seed, steps"),
                             (uneven, "in 3 parts one after the other")):

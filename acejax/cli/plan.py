@@ -24,10 +24,11 @@ from acejax.parallel.chips import CHIPS, Topology, topology
 from acejax.parallel.mesh import abstract_mesh
 from acejax.train import plan_data
 from acejax.train.config import TrainConfig
-from acejax.train.plan import GB, Plan, plan
+from acejax.train.plan import GB, Plan, plan, settled
 from acejax.train.plan_advice import Spare, spare
 from acejax.train.plan_compile import FLAGS, Compiled, compile_for, compile_step
 from acejax.train.plan_data import Samples
+from acejax.train.plan_remat import using
 from acejax.train.plan_run import whole
 
 CPU = {"JAX_PLATFORMS": "cpu"}
@@ -48,6 +49,7 @@ def main(argv: Sequence[str]) -> int:
     text = values["text"].value or config.get("encoders", {}).get("text_length", 512)
     data, why = _data(config)
     buckets = _buckets(run, config, there, values["tokens"].value, values["samples"].value, data)
+    run = settled(run, buckets, text, there.chip, there.devices, there.slices)
     found = plan(run, buckets, text, there.chip, there.devices, values["efficiency"].value, there.slices)
     total = whole(run, found, there.chips, data, why, values["price"].value, config.get("cache", {}).get("variants", 1))
     left = spare(run, found, buckets)
@@ -123,7 +125,7 @@ def _in_child(argv: Sequence[str], found: Plan, environment: dict[str, str]) -> 
     """The largest step, compiled by another process: what jax compiles for is settled before it starts."""
     where = "virtual CPU devices" if found.chip is None else found.chip.name
     print(f"\ncompiling the step for {found.devices} {where} ...", flush=True)
-    step = [found.largest.samples, found.largest.image, found.text]
+    step = [found.remat, found.largest.samples, found.largest.image, found.text]
     child = subprocess.run([sys.executable, "-m", "acejax.cli.plan", json.dumps(step), *argv],
                            env=os.environ | environment, stdout=subprocess.PIPE, text=True, check=False)
     if child.returncode:
@@ -138,7 +140,8 @@ def _virtual(devices: int) -> str:
 def _child(step: str, argv: Sequence[str]) -> None:
     """The other process of `_in_child`: prints what it found as the last line."""
     values, config = parse_config("plan", argv, _define)
-    run, there, sizes = TrainConfig.of(config), topology(values["topology"].value), json.loads(step)
+    there, (remat, *sizes) = topology(values["topology"].value), json.loads(step)
+    run = using(TrainConfig.of(config), remat)
     if there.chip is None:
         print(json.dumps(dataclasses.asdict(compile_step(run, *sizes))))
     else:

@@ -10,7 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
+from acejax.model import remat
 from acejax.model.tpu import attention as flash
 
 LONG = 1024  # tokens above which "auto" goes by query chunks
@@ -98,8 +100,26 @@ def _xla(q, k, v, lengths):
     return jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=lengths, implementation="xla")
 
 
+@jax.custom_vjp
 def _cudnn(q, k, v, lengths):
+    return _by_cudnn(q, k, v, lengths)
+
+
+def _by_cudnn(q, k, v, lengths):
     return jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=lengths, implementation="cudnn")
+
+
+def _save_cudnn(q, k, v, lengths):
+    """The result, and what the kernel's own backward pass asks for: all but its inputs by the name of attention. With
+    the result alone saved by name, `jax.checkpoint` would run the kernel again for its sums of exponentials."""
+    out, back = jax.vjp(lambda *inputs: _by_cudnn(*inputs, lengths), q, k, v)
+    saved, tree = jax.tree.flatten(back)
+    saved = [leaf if any(leaf is known for known in (q, k, v, lengths)) else checkpoint_name(leaf, remat.ATTENTION)
+             for leaf in saved]
+    return checkpoint_name(out, remat.ATTENTION), tree.unflatten(saved)
+
+
+_cudnn.defvjp(_save_cudnn, lambda back, gradient: (*back(gradient), None))
 
 
 def _xla_chunked(q, k, v, lengths):

@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from acejax.model import remat
+
 if TYPE_CHECKING:  # who only copies weights needs the geometries, and not the second that jax takes to import
     import jax
 
 ATTENTION = ("auto", "xla", "xla_chunked", "cudnn", "flash")
-REMAT = ("none", "full", "attention")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,8 +216,8 @@ class Execution:
         tokens alone ("xla" up to 1,024, "xla_chunked" above), so that a program compiled ahead of time does not depend
         on the host's device; `for_platform` names the fast kernel of a GPU or TPU, as training and editing do by
         themselves (`acejax.model.attention.resolve`).
-      remat: what the backward pass recomputes: "none" (keep all), "full" (keep block inputs), "attention" (keep block
-        inputs and attention outputs).
+      remat: what the backward pass recomputes: "none" (keep all), "full" (keep block inputs), or all but block inputs
+        and the activations named, with commas: "attention", "attention,out" (`acejax.model.remat.TABLE`).
       chip: what the program is for, as `acejax.parallel.chips` names it; kernels are cut for it. "" is any.
       constrain: `f(x, kind)` pins an activation's sharding. The kinds: "hidden" [B, S, D], a stream and what is added
         to it; "row" [B, D], of each sample; "vector" [B, D], what modulation is made of, and "modulation"
@@ -239,9 +240,13 @@ class Execution:
 
     def __post_init__(self):
         object.__setattr__(self, "dtype", np.dtype(self.dtype))
-        for field, known in (("attention", ATTENTION), ("remat", REMAT)):
-            if getattr(self, field) not in known:
-                raise ValueError(f"Execution.{field} is {getattr(self, field)!r}; known: {', '.join(known)}")
+        if self.attention not in ATTENTION:
+            raise ValueError(f"Execution.attention is {self.attention!r}; known: {', '.join(ATTENTION)}")
+        try:
+            remat.names(self.remat)
+        except ValueError as error:
+            raise ValueError(f"Execution.remat is {self.remat!r}; known: {remat.NONE}, {remat.FULL}, or with commas "
+                             f"some of {', '.join(remat.TABLE)}") from error
 
     @classmethod
     def for_platform(cls, platform: str, **changes: Any) -> "Execution":

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from acejax.model import remat
 from acejax.model.attention import attention, check_heads
 from acejax.model.config import Execution
 from acejax.model.rope import apply_rope
@@ -63,7 +64,7 @@ def attend(streams: Sequence[Heads], scales: Sequence[Scales], rope: Rope, lengt
     query, key, value = (jnp.concatenate(part, axis=1) for part in zip(*parts, strict=True))
     flat = (part.reshape(*part.shape[:2], -1) for part in (apply_rope(query, *rope), apply_rope(key, *rope), value))
     each = execution.share(functools.partial(_named, execution.attention, query.shape[-1]), "heads")
-    return checkpoint_name(each(tuple(flat), lengths, ()), "attention")
+    return checkpoint_name(each(tuple(flat), lengths, ()), remat.ATTENTION)
 
 
 def _heads(x: jax.Array, scale: jax.Array) -> jax.Array:

@@ -17,7 +17,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
+from jax.ad_checkpoint import checkpoint_name
 
+from acejax.model import remat
 from acejax.model.config import Execution, MMDiTConfig
 from acejax.model.dense import Dense
 from acejax.model.joint import Heads, attend
@@ -115,7 +117,8 @@ class StreamLayers(nn.Module):
         modulation = self.execution.constrain(modulation, "modulation")
         shift, scale, *rest = jnp.split(modulation[:, :, None], 3 if self.parallel else 6, axis=1)
         y = self.execution.constrain(modulated_norm(x, shift[:, 0], scale[:, 0], self.execution), "hidden")
-        heads = Heads(*(self.execution.constrain(part, "heads") for part in self.qkv(y)))
+        heads = (checkpoint_name(part, remat.QKV) for part in self.qkv(y))
+        heads = Heads(*(self.execution.constrain(part, "heads") for part in heads))
         return heads, (self.query_norm(), self.key_norm()), (x, y, [part[:, 0] for part in rest])
 
     def after(self, attended: jax.Array, kept) -> jax.Array:
@@ -125,11 +128,15 @@ class StreamLayers(nn.Module):
         attended = constrain(self.proj(constrain(attended, "tokens")), "hidden")
         if self.parallel:
             (gate,) = modulation
-            return x + gate * (attended + constrain(self.mlp_out(gelu(self.mlp_in(y))), "hidden"))
+            return x + gate * checkpoint_name(attended + self._mlp(y), remat.OUT)
         gate, shift, scale, mlp_gate = modulation
-        x = x + gate * attended
+        x = x + gate * checkpoint_name(attended, remat.PROJ)
         y = constrain(modulated_norm(x, shift, scale, self.execution), "hidden")
-        return x + mlp_gate * constrain(self.mlp_out(gelu(self.mlp_in(y))), "hidden")
+        return x + mlp_gate * checkpoint_name(self._mlp(y), remat.OUT)
+
+    def _mlp(self, y: jax.Array) -> jax.Array:
+        hidden = checkpoint_name(self.mlp_in(y), remat.MLP)
+        return self.execution.constrain(self.mlp_out(gelu(hidden)), "hidden")
 
 
 class Scale(nn.Module):
@@ -261,10 +268,11 @@ class MMDiT(nn.Module):
 def _stack(block, config: MMDiTConfig, execution: Execution, length: int):
     """`length` blocks as one scan: stacked parameters, one compiled body; or, of so few that nothing is gained by that,
     one body each, which spares the loop's copies of all that the backward pass needs."""
-    unroll = length if length <= FEW and execution.remat == "none" else 1  # remat counts on the loop
-    if execution.remat != "none":
-        policy = {"full": None, "attention": jax.checkpoint_policies.save_only_these_names("attention")}
-        block = nn.remat(block, policy=policy[execution.remat], prevent_cse=False)  # False: inside a scan
+    unroll = length if length <= FEW and execution.remat == remat.NONE else 1  # remat counts on the loop
+    if execution.remat != remat.NONE:
+        saved = remat.names(execution.remat)
+        policy = jax.checkpoint_policies.save_only_these_names(*saved) if saved else None
+        block = nn.remat(block, policy=policy, prevent_cse=False)  # False: inside a scan
     in_axes = (0, nn.broadcast, nn.broadcast, nn.broadcast)  # a modulation that is given is each layer's own
     stack = nn.scan(block, length=length, in_axes=in_axes, variable_axes={"params": 0, "lora": 0, "quant": 0},
                     split_rngs={"params": True}, unroll=unroll)

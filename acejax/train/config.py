@@ -8,6 +8,7 @@ from acejax import fields
 from acejax.adapt.targets import ACE_PLUS
 from acejax.data.layout import CanvasConfig
 from acejax.errors import UserError
+from acejax.model import remat
 from acejax.model.config import Execution, MMDiTConfig
 from acejax.train.step import StepConfig
 
@@ -125,11 +126,15 @@ class LoraConfig:
             raise UserError(f"alpha is {self.alpha}, and init_from brings its own; expected one of them")
 
 
+AUTO = "auto"
+
+
 @dataclasses.dataclass(frozen=True)
 class ExecutionConfig:
     """As `acejax.Execution`, which also needs the mesh.
 
     Attributes:
+      remat: as there, or "auto", which `acejax.train.plan_remat` settles before a run starts.
       compiler_options: of XLA, over those of `acejax.parallel.options`.
     """
 
@@ -140,7 +145,8 @@ class ExecutionConfig:
 
     def __post_init__(self):
         try:
-            Execution(self.dtype, self.attention, self.remat)
+            known = remat.FULL if self.remat == AUTO else self.remat
+            Execution(self.dtype, self.attention, known)
         except TypeError as error:
             raise UserError(f"dtype is {self.dtype!r}; expected float32 or bfloat16") from error
 
@@ -292,7 +298,7 @@ class TrainConfig:
         if run.lora and (run.optimizer.fused or run.optimizer.param_dtype != "float32"):
             raise UserError("config.lora with config.optimizer.fused or param_dtype='bfloat16': a LoRA's factors are "
                             "small, and trained in float32 by the ordinary step")
-        if run.optimizer.fused and run.execution.remat != "full":
+        if run.optimizer.fused and run.execution.remat not in (remat.FULL, AUTO):
             raise UserError(f"config.execution.remat is {run.execution.remat!r} and config.optimizer.fused True, which "
                             "recomputes each block; expected 'full'")
         return run

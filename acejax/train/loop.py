@@ -23,9 +23,9 @@ from acejax.parallel import kernels, memory, processes, rules
 from acejax.parallel import mesh as meshes
 from acejax.parallel.chips import chip_of
 from acejax.train import lora as loras
-from acejax.train.config import TrainConfig
+from acejax.train.config import AUTO, TrainConfig
 from acejax.train.export import Exports
-from acejax.train.plan import Plan, plan, remedy
+from acejax.train.plan import Plan, plan, remedy, settled
 from acejax.train.preemption import Preempted, Preemption
 from acejax.train.profile import Profiler, write_hlo
 from acejax.train.program import Program
@@ -96,6 +96,8 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike, stream: St
       Preempted: SIGTERM reached a process of the run; the step is saved.
     """
     run, mesh = check(config, workdir)
+    if run.execution.remat == AUTO:
+        run = _settled(run, stream)
     with Preemption() as preemption, memory.told(lambda: _remedy(run, stream)):
         return _train(run, mesh, config, workdir, stream, until, preemption, held_out, profile, dump_hlo)
 
@@ -160,7 +162,7 @@ def _train(run: TrainConfig, mesh: Mesh, config: ml_collections.ConfigDict, work
             if done % run.checkpoint.every == 0 or done == stop or leaving:
                 with watch.meter.aside(state.step):
                     checkpoints.save(done, state, values.get("validation/loss"),
-                                     _notes(config, stream, done) | ({"base": base} if base else {}))
+                                     _notes(config, run, stream, done) | ({"base": base} if base else {}))
             if run.checkpoint.export_every and (done % run.checkpoint.export_every == 0 or done == stop):
                 with watch.meter.aside(state.step):
                     trained = state.params if state.ema is None else state.ema
@@ -185,9 +187,9 @@ def _show(bar: tqdm, done: int, stop: int, values: dict[str, float]) -> None:
         processes.say(f"step {done}/{bar.total}  {'  '.join(map(' '.join, shown.items()))}  {left:.0f} s left")
 
 
-def _notes(config: ml_collections.ConfigDict, stream: Stream, step: int) -> dict[str, Any]:
+def _notes(config: ml_collections.ConfigDict, run: TrainConfig, stream: Stream, step: int) -> dict[str, Any]:
     """What a checkpoint says besides the state; batches and random numbers follow from the seed and the step alone."""
-    return {"config": config.to_dict(), "seed": config.seed,
+    return {"config": config.to_dict(), "seed": config.seed, "remat": run.execution.remat,
             "data": {"step": step, "stage": stream.schedule[step].stage,
                      "digest": getattr(stream.table, "digest", None)}}  # pictures read while training have none
 
@@ -206,11 +208,22 @@ def _agreed(found: str, noted: str | None, run: TrainConfig) -> str:
 
 def _plan(run: TrainConfig, stream: Stream, examples: dict[int, dict[str, Any]] | None = None) -> Plan:
     """What the steps need of the devices that are here."""
-    examples = examples or stream.examples(0, run.steps)
+    return plan(run, **_here(stream, examples or stream.examples(0, run.steps)))
+
+
+def _settled(run: TrainConfig, stream: Stream) -> TrainConfig:
+    """A run with execution.remat="auto", which is then told, as all its steps' plans make it on the devices here."""
+    run = settled(run, **_here(stream, stream.examples(0, run.steps)))
+    processes.say(f"config.execution.remat is 'auto': here {run.execution.remat!r}")
+    return run
+
+
+def _here(stream: Stream, examples: dict[int, dict[str, Any]]) -> dict[str, Any]:
+    """The batches and the devices that are here, as plans take them by keyword."""
     text = next(iter(examples.values()))["text"].shape[1]
     buckets = {bucket: stream.batch_sizes[bucket] for bucket in examples}
-    return plan(run, buckets, text, chip_of(jax.devices()[0]), jax.device_count(),
-                slices=meshes.count_slices(jax.devices()))
+    return {"buckets": buckets, "text": text, "chip": chip_of(jax.devices()[0]), "devices": jax.device_count(),
+            "slices": meshes.count_slices(jax.devices())}
 
 
 def _longest(examples: dict[int, dict[str, Any]]) -> int:

@@ -1,6 +1,7 @@
 """What a run needs before it starts: memory of a device, FLOPs and seconds of a step, in closed form.
 
-Memory is `acejax.train.plan_memory`, seconds `plan_time`, advice `plan_advice`, the run as a whole `plan_run`.
+Memory is `acejax.train.plan_memory`, seconds `plan_time`, what is recomputed `plan_remat`, advice `plan_advice`, the
+run as a whole `plan_run`.
 """
 
 import dataclasses
@@ -12,8 +13,9 @@ from acejax.parallel.chips import Chip
 from acejax.train.config import TrainConfig
 from acejax.train.plan_advice import ONE_CARD, advice
 from acejax.train.plan_estimate import GB, Plan, Step, estimate
+from acejax.train.plan_remat import settled
 
-__all__ = ["GB", "ONE_CARD", "Plan", "Step", "plan", "remedy"]
+__all__ = ["GB", "ONE_CARD", "Plan", "Step", "plan", "remedy", "settled"]
 
 
 def plan(run: TrainConfig, buckets: Mapping[int, int], text: int, chip: Chip | None, devices: int,
@@ -21,7 +23,7 @@ def plan(run: TrainConfig, buckets: Mapping[int, int], text: int, chip: Chip | N
     """Plan a run on so many devices.
 
     Args:
-      run: its config.
+      run: its config; `execution.remat="auto"` is settled first.
       buckets: samples of a batch, over all devices, by image tokens.
       text: text tokens of a sample.
       chip: what the devices are; None for a CPU, of which XLA's own layout is told.
@@ -33,6 +35,7 @@ def plan(run: TrainConfig, buckets: Mapping[int, int], text: int, chip: Chip | N
       UserError: a mesh or a batch that does not fall over the devices, a `data` axis that does not fall over the
         slices, or an efficiency that is none.
     """
+    run = settled(run, buckets, text, chip, devices, slices)
     if not 0 < efficiency <= 1:
         raise UserError(f"efficiency is {efficiency}; expected a share of the peak, above 0 up to 1")
     found = estimate(run, buckets, text, chip, devices, efficiency, slices)

@@ -6,17 +6,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from acejax.adapt.quantize import KINDS
 from acejax.errors import UserError
+from acejax.model import remat
 from acejax.parallel.chips import Chip, slice_sizes
 from acejax.train.config import TrainConfig
 from acejax.train.plan_estimate import GB, Plan, estimate
 from acejax.train.plan_memory import attention_of
+from acejax.train.plan_remat import by_cost, using
 
 ONE_CARD = {"name": "adafactor", "param_dtype": "bfloat16", "fused": True, "clip": 0.0, "accumulate": 1}
 MOST = 1024  # devices that are tried
 MOST_CPU = 64  # more, of what is in no table
 LARGER = 16  # times the batch that is tried
 LEAST = 0.0005  # share of a sample's time that is worth telling
-REMATS = ("full", "attention", "none")  # what is recomputed, less and less
 
 Buckets = Mapping[int, int]  # samples of a batch by image tokens
 
@@ -63,7 +64,7 @@ def advice(run: TrainConfig, found: Plan, buckets: Buckets, most: float | None =
         if len(names) > 1 and fits(together):
             return f"{' and '.join(names.values())} make it fit"
     one_card = dataclasses.replace(run, optimizer=dataclasses.replace(run.optimizer, **ONE_CARD))
-    if found.devices == 1 and run.lora is None and run.execution.remat == "full" and fits(one_card):
+    if found.devices == 1 and run.lora is None and run.execution.remat == remat.FULL and fits(one_card):
         return f"config.optimizer of {', '.join(f'{name}={value}' for name, value in ONE_CARD.items())} makes it fit"
     also = f" with {' and '.join(names.values())}" if names else ""
     rows = _rows(run, found, buckets)
@@ -88,13 +89,33 @@ def spare(run: TrainConfig, found: Plan, buckets: Buckets) -> tuple[Spare, ...]:
         return ()
     uses = []
     if not run.optimizer.fused:  # which recomputes each block
-        for remat in REMATS[REMATS.index(run.execution.remat) + 1:]:
-            less = dataclasses.replace(run, execution=dataclasses.replace(run.execution, remat=remat))
-            rows = _rows(run, found, buckets)
-            parts = [parts for parts in range(1, rows + 1) if rows % parts == 0]
-            uses += _first(found, buckets, less, f"config.execution.remat={remat}", (1 / part for part in parts))
+        uses += _less_recomputed(run, found, buckets)
     uses += _first(found, buckets, run, "", range(LARGER, 1, -1))
     return tuple(uses)
+
+
+def _less_recomputed(run: TrainConfig, found: Plan, buckets: Buckets) -> list[Spare]:
+    """What recomputes the least at this batch, and a smaller batch with the least of all."""
+    uses, less = [], _costs(run, found, buckets)[0]
+    for setting in less:
+        uses += _first(found, buckets, using(run, setting), f"config.execution.remat={setting}", (1,))
+        if uses:
+            break
+    if less and not any(use.change.endswith(f"={less[0]}") for use in uses):
+        rows = _rows(run, found, buckets)
+        parts = [1 / parts for parts in range(2, rows + 1) if rows % parts == 0]
+        uses += _first(found, buckets, using(run, less[0]), f"config.execution.remat={less[0]}", parts)
+    return uses
+
+
+def _costs(run: TrainConfig, found: Plan, buckets: Buckets) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Settings that recompute less than the run's, and those that recompute more, each from the least on."""
+    costs = by_cost(run.model, buckets, found.text)
+    here = run.execution.remat
+    if here == remat.NONE:
+        return (), costs
+    place = costs.index(remat.setting(remat.names(here)))
+    return costs[:place], costs[place + 1:]
 
 
 def _first(found: Plan, buckets: Buckets, run: TrainConfig, change: str, scales: Iterable[float]) -> list[Spare]:
@@ -118,10 +139,8 @@ def _changes(run: TrainConfig, found: Plan, buckets: Buckets) -> Iterator[tuple[
     def execution(**fields):
         return lambda run: dataclasses.replace(run, execution=dataclasses.replace(run.execution, **fields))
 
-    if run.execution.remat == "none":
-        yield "config.execution.remat=attention", execution(remat="attention")
-    if run.execution.remat != "full":
-        yield "config.execution.remat=full", execution(remat="full")
+    for setting in _costs(run, found, buckets)[1]:
+        yield f"config.execution.remat={setting}", execution(remat=setting)
     fast = attention_of(execution(attention="auto")(run), found.largest.image + found.text, found.backend)
     if found.largest.attention != fast:
         yield f"config.execution.attention={fast}", execution(attention=fast)

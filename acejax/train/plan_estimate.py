@@ -7,7 +7,7 @@ from typing import Any
 from jax.sharding import AbstractMesh
 
 from acejax.errors import UserError
-from acejax.model import flops
+from acejax.model import flops, remat
 from acejax.parallel import rules
 from acejax.parallel.chips import Chip
 from acejax.parallel.mesh import abstract_mesh
@@ -196,13 +196,17 @@ def _step(run: TrainConfig, mesh: AbstractMesh, image: int, samples: int, text: 
     once = flops.forward(run.model, text, image, samples)
     pairs = run.lora and lora.pairs(run.lora, run.model)
     model = flops.training_step(run.model, text, image, samples, pairs)
-    added = flops.low_rank(pairs, text, image, samples) if pairs and run.execution.remat != "none" else 0
-    hardware = model + added + _recomputed(run, once, text + image, backend)
+    added = flops.low_rank(pairs, text, image, samples) if pairs and run.execution.remat != remat.NONE else 0
+    hardware = model + added + _recomputed(run, once, samples, text + image, backend)
     return Step(image, samples, samples * (text + image), attention_of(run, text + image, backend), model,
                 hardware, memory(run, mesh, samples, image, text, backend))
 
 
-def _recomputed(run: TrainConfig, once: flops.Flops, tokens: int, backend: str) -> float:
+def _recomputed(run: TrainConfig, once: flops.Flops, samples: int, tokens: int, backend: str) -> float:
     """FLOPs done twice: by remat, and q k^T in the backward pass of an attention that keeps no logits."""
-    again = {"none": 0, "full": once.total, "attention": once.total - once.attention}[run.execution.remat]
-    return again + (0 if attention_of(run, tokens, backend) == "xla" else once.attention / 2)
+    setting = run.execution.remat
+    again = 0 if setting == remat.NONE else once.total - samples * remat.flops(run.model, setting, tokens)
+    if attention_of(run, tokens, backend) != "xla":
+        return again + once.attention / 2
+    remade = setting != remat.NONE and remat.ATTENTION in remat.names(setting)  # the weights of a saved result
+    return again + (once.attention / 2 if remade else 0)

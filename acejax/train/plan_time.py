@@ -17,6 +17,7 @@ import dataclasses
 
 from jax.sharding import AbstractMesh
 
+from acejax.model import remat
 from acejax.parallel.chips import Chip
 from acejax.parallel.mesh import AXES, abstract_mesh
 from acejax.train.config import TrainConfig
@@ -93,7 +94,7 @@ def sendings(run: TrainConfig, mesh: AbstractMesh, samples: int, tokens: int) ->
     frozen, trained, _ = state_bytes(run.model, run.lora, run.optimizer, abstract_mesh({}, 1))
     parameters, frozen = size * trained / kept / tensor, frozen / tensor
     activation = size * samples / (data * fsdp) * tokens / seq * run.model.hidden_size
-    blocks, passes = run.model.depth + run.model.depth_single_blocks, 2 if run.execution.remat == "none" else 3
+    blocks, passes = run.model.depth + run.model.depth_single_blocks, 2 if run.execution.remat == remat.NONE else 3
     return [Sending("fsdp", (3 * parameters + 2 * frozen) * run.optimizer.accumulate, waits=False),
             Sending("data", 2 * parameters / fsdp, waits=False),
             Sending("tensor", 2 * 2 * passes * blocks * activation, waits=True),

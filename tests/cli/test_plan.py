@@ -25,7 +25,7 @@ def test_a_slice_of_the_config_s_own(capsys, tmp_path):
     assert told["topology"]["devices"] == 256 and told["topology"]["slices"] == 1
     assert told["run"]["steps"] == 100_000 and told["run"]["hours"] > 24 and told["run"]["price"] is None
     assert told["run"]["checkpoint"] == pytest.approx(12 * 11_902_587_968, rel=1e-6)
-    assert told["spare"][0]["change"] == "config.execution.remat=attention"
+    assert told["spare"][0]["change"] == "config.execution.remat=attention,proj,out"
     assert "the run of 100,000 steps:" in printed and "your data   not known: manifest.jsonl: no such file" in printed
     assert "GB of a device are left over" in printed
 

@@ -209,7 +209,7 @@ def test_wrong_tokens_are_named(params, field, channels, message):
     (lambda: acejax.MMDiTConfig(axes_dim=(16, 56, 54)), "add up to the head size 128"),
     (lambda: acejax.MMDiTConfig(axes_dim=(17, 55, 56)), "must be even numbers"),
     (lambda: acejax.Execution(attention="fast"), "Execution.attention is 'fast'; known: auto, xla"),
-    (lambda: acejax.Execution(remat="some"), "Execution.remat is 'some'; known: none, full, attention"),
+    (lambda: acejax.Execution(remat="some"), "Execution.remat is 'some'; known: none, full, or with commas"),
 ])
 def test_wrong_settings_are_named(make, message):
     with pytest.raises(ValueError, match=message):

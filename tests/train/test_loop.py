@@ -80,12 +80,12 @@ def test_mistakes_leave_nothing_behind(tmp_path):
     bad_model = make_config()
     bad_model.model.num_heads = 3
     bad_execution = make_config()
-    bad_execution.execution.attention = "flash"
+    bad_execution.execution.attention = "fast"
     no_rate, misspelt, uneven = make_config(), make_config(), make_config()
     del no_rate.optimizer.learning_rate
     misspelt.wach = {"every": 1}
     uneven.optimizer.accumulate = 3
-    for config, message in ((bad_mesh, "mesh"), (bad_model, "num_heads 3"), (bad_execution, "'flash'; known: auto"),
+    for config, message in ((bad_mesh, "mesh"), (bad_model, "num_heads 3"), (bad_execution, "'fast'; known: auto"),
                             (no_rate, r"config\.optimizer\.learning_rate is missing"),
                             (misspelt, r"config\.wach: no such field; expected seed, steps"),
                             (uneven, "in 3 parts one after the other")):
@@ -101,3 +101,12 @@ def test_a_relative_workdir_and_a_log_cut_short(tmp_path, monkeypatch):
         file.write('{"step": 5, "lo')
     train(make_config(), "run", make_stream(), until=6)
     assert len(losses(tmp_path / "run")) == 6
+
+
+def test_what_the_plan_chose_is_told_and_noted(tmp_path, capsys):
+    config = make_config()
+    config.execution.remat = "auto"
+    train(config, tmp_path, make_stream(), until=1)
+    assert "config.execution.remat is 'auto': here 'full'" in capsys.readouterr().out  # a CPU tells of no memory
+    assert json.loads((tmp_path / "config.json").read_text())["execution"]["remat"] == "auto"
+    assert checkpoint.Checkpoints(tmp_path, 1).notes(1)["remat"] == "full"

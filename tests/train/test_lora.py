@@ -223,7 +223,7 @@ def test_memory_that_is_not_there_is_told_with_what_would_fit(base, tmp_path, mo
         with pytest.raises(UserError, match="memory of the devices is exhausted .*12345 bytes") as told:
             train(config, tmp_path / name, stream())
         assert "memory of one device in GB" in str(told.value) and "  frozen " in str(told.value)
-        assert str(told.value).endswith("\nconfig.execution.remat=attention makes it fit")
+        assert str(told.value).endswith("\nconfig.execution.remat=attention,qkv,mlp,proj,out makes it fit")
     monkeypatch.setattr(loop, "_compile", lambda *_: exhausted())
     monkeypatch.setattr("acejax.demo.job.prepare", lambda config, workdir: (None, None, stream(), None))
     flags = [f"--config.model.{name}={value}" for name, value in make_config().model.items()

@@ -71,7 +71,7 @@ def test_memory_by_hand():
     assert held.batch == 4096 * (3 * 64 * 2 + 256 + 1 + 12) + 512 * 4096 * 2 + 768 * 2 + 8
     assert held.working == 14 * 4608 * 3072 * 2 + 3 * 4 * 24 * 512 * 4608
     kernel = memory(RUN, abstract_mesh({"fsdp": 8}, 8), 8, 4096, 512, "tpu")
-    assert kernel.working == 28 * 4608 * 3072 * 2 + 8 * 24 * 4608
+    assert kernel.working == 18 * 4608 * 3072 * 2 + 8 * 24 * 4608
 
 
 # XLA's bytes for the 12B step in GB, given and beside, found once by `acejax plan --compile`: too long to repeat here.
@@ -112,8 +112,9 @@ def test_memory_of_a_lora_is_what_xla_found(base, given, beside):
 
 
 @pytest.mark.parametrize(("run", "name", "samples", "advice"), [
-    (change(RUN, "execution", remat="none"), "h100x8", 1, "config.execution.remat=attention makes it fit"),
-    (change(RUN, "execution", remat="none"), "v5e-64", 1, "config.execution.remat=attention makes it fit"),
+    (change(RUN, "execution", remat="none"), "h100x8", 1,
+     "config.execution.remat=attention,qkv,mlp,proj,out makes it fit"),
+    (change(RUN, "execution", remat="none"), "v5e-64", 1, "config.execution.remat=attention,mlp,proj,out makes it fit"),
     (RUN, "v5e-64", 9, "config.optimizer.accumulate=3 makes it fit"),
     (dataclasses.replace(RUN, mesh={"data": -1}), "h100x8", 1, "config.mesh of fsdp alone makes it fit"),
     (change(RUN, "optimizer", ema=0.999), "v6e-8", 1, "config.optimizer.ema=0 makes it fit"),
@@ -121,7 +122,7 @@ def test_memory_of_a_lora_is_what_xla_found(base, given, beside):
     (RUN, "h100x1", 1, "config.optimizer of name=adafactor, param_dtype=bfloat16, fused=True, clip=0.0, accumulate=1 "
                        "makes it fit"),
     (change(CUDNN, "optimizer", **ONE_CARD), "a100-40x1", 9, "a batch 1/3 as large makes it fit"),
-    (RUN, "v5e-1", 1, "v5e-32, sharded over fsdp, makes it fit"),
+    (RUN, "v5e-1", 1, "v5e-16, sharded over fsdp, makes it fit"),
     (CUDNN, "h100x2", 1, "h100x3, sharded over fsdp, makes it fit"),
     (RUN, "h100x2", 1, "h100x3, sharded over fsdp with config.execution.attention=cudnn, makes it fit"),
     (CUDNN, "h100x5", 1, "h100x4 or h100x6, sharded over fsdp, makes it fit"),  # fsdp 5 does not divide 3072
@@ -129,7 +130,7 @@ def test_memory_of_a_lora_is_what_xla_found(base, given, beside):
     (CUDNN, "a100-40x9", 1, "a100-40x8 or a100-40x16, sharded over fsdp, makes it fit"),  # beyond one, whole machines
     (RUN, "v6e-4", 1, "v6e-8, sharded over fsdp, makes it fit"),
     (dataclasses.replace(RUN, mesh={"data": 2, "fsdp": -1}), "v5e-8x2", 1,
-     "v5e-32x2, sharded over fsdp, makes it fit"),
+     "v5e-16x2, sharded over fsdp, makes it fit"),
 ])
 def test_what_does_not_fit_is_told_what_would(run, name, samples, advice):
     found = of(run, name, samples)

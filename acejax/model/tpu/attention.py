@@ -19,12 +19,13 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from acejax.model import remat
+
 HEAD = 128  # features of a head
 GAIN = math.log2(math.e) / math.sqrt(HEAD)  # that queries come multiplied with
 INVALID = -30_000.0  # added to the scores of keys that are padding; 2 to its power is 0, and bfloat16 holds it
 LOWEST = -1e30
 VMEM = 100 * 2**20
-SAVED = "attention"  # name of what the backward pass needs of the forward one, for `jax.checkpoint` policies
 BOTH_ROWS = (((1,), (1,)), ((), ()))  # a b^T
 ROWS_COLUMNS = (((1,), (0,)), ((), ()))  # a b
 BOTH_COLUMNS = (((0,), (0,)), ((), ()))  # a^T b
@@ -101,7 +102,7 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, lengths: jax.Arra
 
 def _save(query, key, value, lengths, tiles, interpret):
     out, total = _forward(query, key, value, lengths, tiles, interpret)
-    out, total = checkpoint_name(out, SAVED), checkpoint_name(total, SAVED)
+    out, total = checkpoint_name(out, remat.ATTENTION), checkpoint_name(total, remat.ATTENTION)
     return out, (query, key, value, lengths, out, total)
 
 

@@ -94,18 +94,27 @@ def read(text: str, package: str = "acejax") -> Program:
       package: whose lines operations are traced to.
     """
     reader = _Reader(text, package)
-    operations, kernels = [], collections.Counter()
-    moved, zeros = collections.Counter(), 0.0
-    for instruction, calls, computation in reader.run(reader.entry, 1):
-        if instruction.cycles:
-            operations.append(reader.operation(instruction, calls))
-        if "tpu_custom_call" in instruction.rest:
-            kernels[_signature(instruction)] += calls
-        for kind, size, of_zeros in reader.sent(instruction, computation):
-            moved[kind] += calls * size
-            zeros += calls * size * of_zeros
-    operations.sort(key=lambda operation: operation.cycles, reverse=True)
-    return Program(tuple(operations), dict(kernels), dict(moved), zeros)
+    return reader.program(reader.entry)
+
+
+def trip(text: str, layers: str, package: str = "acejax") -> Program:
+    """Cost of one trip of the loop over a stack of layers; other arguments as of `read`.
+
+    Args:
+      layers: the stack's name in jax's paths, "single_blocks". Of several loops with such operations it is the one
+        whose trip costs the most.
+
+    Raises:
+      KeyError: no loop of the program has any.
+    """
+    reader = _Reader(text, package)
+    bodies = {instruction.attribute("body") for instruction, _, _ in reader.run(reader.entry, 1)
+              if instruction.kind == "while"}
+    found = [body for body in bodies if any(f"/{layers}/" in instruction.rest
+                                            for instruction in reader.computations.get(body, ()))]
+    if not found:
+        raise KeyError(layers)
+    return reader.program(max(found, key=reader.cost))
 
 
 class _Reader:
@@ -124,6 +133,21 @@ class _Reader:
                 current = self.computations.setdefault(opened[2], [])
                 self.entry = opened[2] if opened[1] else self.entry
         self._lines = _source_lines(text, package)
+
+    def program(self, name: str) -> Program:
+        """Of a computation and all that it calls."""
+        operations, kernels = [], collections.Counter()
+        moved, zeros = collections.Counter(), 0.0
+        for instruction, calls, computation in self.run(name, 1):
+            if instruction.cycles:
+                operations.append(self.operation(instruction, calls))
+            if "tpu_custom_call" in instruction.rest:
+                kernels[_signature(instruction)] += calls
+            for kind, size, of_zeros in self.sent(instruction, computation):
+                moved[kind] += calls * size
+                zeros += calls * size * of_zeros
+        operations.sort(key=lambda operation: operation.cycles, reverse=True)
+        return Program(tuple(operations), dict(kernels), dict(moved), zeros)
 
     def run(self, name: str, calls: int) -> Iterator[tuple[_Instruction, int, str]]:
         """(instruction, how often it runs, its computation) of a computation and all that it calls."""

@@ -204,7 +204,8 @@ def side(figure: Figure, tree: pathlib.Path, fresh: bool) -> dict[str, Any]:
               f"{figure.value(found[program]) / figure.scale:.3f} {figure.unit} "
               f"({time.monotonic() - started:.0f} s)", flush=True)
     best = min(found, key=lambda program: figure.value(found[program]))
-    told = {"value": round(figure.value(found[best]) / figure.scale, 4), "program": best} | describe(figure, found[best])
+    told = {"value": round(figure.value(found[best]) / figure.scale, 4), "program": best}
+    told |= describe(figure, found[best])
     if len(found) > 1:
         told["all"] = {program: round(figure.value(cost) / figure.scale, 4) for program, cost in found.items()}
     if figure.name in ROTATE and (tree / "acejax" / "model" / "tpu" / "rotate.py").is_file():

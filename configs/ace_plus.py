@@ -2,8 +2,8 @@
 
 `ace_plus_stage1.py` and `ace_plus_stage2.py` are the same as two runs. After a colon may stand, with commas between:
 
-* a topology (`acejax plan --help` lists them): the batch size for it, as in `:v5e-256`, and the mesh's `data` for several
-  slices, as in `:v5e-256x2`;
+* a topology (`acejax plan --help` lists them): the batch size for it, as in `:v5e-256`, and the mesh's `data` for
+  several slices (`:v5e-256x2`) and for large cubes (`:v5p-128`);
 * `one-card`: Adafactor on bfloat16 parameters, block by block as their gradients come, so that 12B fit in 36 GB;
 * `reference`: the hyper-parameters of the released code (ACE_plus `train_config/ace_plus_fft.yaml`) and its canvas.
 
@@ -70,5 +70,5 @@ def get_config(choices: str = "") -> ConfigDict:
         else:
             found = topology(choice)
             config.data.batch_tokens = found.devices * TOKENS
-            config.mesh.data = found.slices  # gradients alone go from slice to slice
+            config.mesh.data = found.copies
     return config

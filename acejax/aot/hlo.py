@@ -13,6 +13,7 @@ from collections.abc import Iterator
 
 BYTES = {"f64": 8, "s64": 8, "u64": 8, "f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "s8": 1,
          "u8": 1, "pred": 1, "s4": 0.5, "u4": 0.5}
+THROUGH = ("model/dense.py", "parallel/rules.py")  # lines that others call for: the caller tells more
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 PASSED_ON = ("get-tuple-element", "bitcast", "copy", "copy-start", "copy-done")  # the same values elsewhere
 _SHAPE = re.compile(r"\b([a-z]+\d+(?:e\w+)?|pred)\[([\d,]*)\]")
@@ -278,7 +279,7 @@ def _bytes(shape: str) -> float:
 
 
 def _source_lines(text: str, package: str) -> dict[str, str]:
-    """By stack frame: the innermost line of the package, "model/dense.py:48"."""
+    """By stack frame: the innermost line of the package, "model/mmdit.py:130", but for those in `THROUGH`."""
     tables: dict[str, dict[str, str]] = {}
     current = ""
     for line in text.splitlines():
@@ -294,16 +295,17 @@ def _source_lines(text: str, package: str) -> dict[str, str]:
     for number, location in tables.get("FileLocations", {}).items():
         name = tables["FileNames"][re.search(r"file_name_id=(\d+)", location)[1]].strip('"')
         line = re.search(r"\bline=(\d+)", location)[1]
-        inside = f"/{package}/" in name and "/site-packages/flax/" not in name
-        places[number] = f"{name.rpartition(f'/{package}/')[2]}:{line}" if inside else ""
-    frames = {number: (re.search(r"file_location_id=(\d+)", frame)[1],
-                       (re.search(r"parent_frame_id=(\d+)", frame) or [0, number])[1])
-              for number, frame in tables.get("StackFrames", {}).items()}
+        inside = name.rpartition(f"/{package}/")[2] if f"/{package}/" in name else ""
+        places[number] = f"{inside}:{line}" if inside and inside not in THROUGH else ""
+    frames = {}
+    for number, frame in tables.get("StackFrames", {}).items():
+        location = re.search(r"file_location_id=(\d+)", frame)[1]
+        parent = re.search(r"parent_frame_id=(\d+)", frame)  # counted from 1, where frames are counted from 0
+        frames[number] = location, str(int(parent[1]) - 1) if parent else "0"
     lines = {}
     for number in frames:
-        seen, at = set(), number
-        while at in frames and at not in seen and not places.get(frames[at][0]):
-            seen.add(at)
+        at = number
+        while at in frames and not places.get(frames[at][0]):
             at = frames[at][1]
-        lines[number] = places.get(frames[at][0], "") if at in frames else ""
+        lines[number] = places[frames[at][0]] if at in frames else ""
     return lines

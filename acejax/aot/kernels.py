@@ -8,6 +8,7 @@ it compiles: so the kernels are compiled apart from the program, in a process of
 
 import functools
 import json
+import math
 import os
 import pathlib
 import re
@@ -43,10 +44,10 @@ def cycles(calls: Mapping[str, int], topology: str, chip: str) -> dict[str, int]
         if child.returncode:
             raise UserError(f"the kernels did not compile for {topology}: {child.stderr.strip().splitlines()[-1]}")
         found = json.loads(child.stdout.splitlines()[-1])
-    missing = sorted(set(calls) - set(found))
+    missing = sorted(signature for signature in calls if str(_key(signature)) not in found)
     if missing:
         raise UserError(f"no schedule of the kernel {missing[0]}")
-    return {signature: found[signature] for signature in calls}
+    return {signature: found[str(_key(signature))] for signature in calls}
 
 
 def _case(signature: str) -> list[tuple[Any, ...]]:
@@ -82,7 +83,8 @@ def main(folder: str, topology: str, chip: str, cases: str) -> None:
         bundles = _bundles(pathlib.Path(folder))
         text = compiled.as_text()
         for signature in hlo.read(text).kernels:
-            found[signature] = steps[_key(signature)] * bundles[hlo.instruction_of(text, signature)]
+            key = _key(signature)
+            found[str(key)] = steps[key] * bundles[hlo.instruction_of(text, signature)]
     print(json.dumps(found))
 
 
@@ -122,25 +124,28 @@ def _rotated(rotate, streams, cos, sin):
 
 
 def _steps(jaxpr) -> Iterator[tuple[tuple[Any, ...], int]]:
-    """(name and shape of the first operand of three axes, steps of the grid) of each kernel in a program."""
-    import math
-
+    """(key, steps of the grid) of each kernel in a program."""
     for equation in jaxpr.eqns:
         if equation.primitive.name == "pallas_call":
-            shape = next(value.aval.shape for value in equation.invars if len(value.aval.shape) == 3)
-            name = equation.params["name"]
-            yield (name, shape), math.prod(equation.params["grid_mapping"].grid)
+            shapes = [value.aval.shape for value in equation.invars]
+            yield _of(equation.params["name"], shapes), math.prod(equation.params["grid_mapping"].grid)
+            continue
         for parameter in equation.params.values():
             for inner in parameter if isinstance(parameter, Sequence) else (parameter,):
                 inner = getattr(inner, "jaxpr", inner)
-                if hasattr(inner, "eqns") and equation.primitive.name != "pallas_call":
+                if hasattr(inner, "eqns"):
                     yield from _steps(inner)
 
 
 def _key(signature: str) -> tuple[Any, ...]:
+    """What tells a kernel's calls apart, whatever the dtype of a scale: its name, its own tokens and those of all."""
     name, _, rest = signature.partition("(")
-    shapes = (tuple(map(int, sizes.split(","))) for sizes in re.findall(r"\[([\d,]+)\]", rest))
-    return name, next(shape for shape in shapes if len(shape) == 3)
+    return _of(name, [tuple(map(int, sizes.split(","))) for sizes in re.findall(r"\[([\d,]+)\]", rest)])
+
+
+def _of(name: str, shapes: Sequence[tuple[int, ...]]) -> tuple[Any, ...]:
+    streams = [shape for shape in shapes if len(shape) == 3]
+    return name, streams[0], max(shape[1] for shape in streams)
 
 
 def _bundles(folder: pathlib.Path) -> dict[str, int]:

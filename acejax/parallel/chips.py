@@ -34,6 +34,8 @@ from typing import TYPE_CHECKING
 
 from acejax.errors import UserError
 
+TORUS = 64  # devices from which on three axes of a TPU's network are a torus
+
 if TYPE_CHECKING:
     import jax
 
@@ -144,6 +146,17 @@ class Topology:
         if self.chip is None or not self.chip.torus:
             return None
         return "x".join(map(str, _shapes(self.chip)[self.chips // self.slices]))
+
+    @property
+    def copies(self) -> int:
+        """What the mesh's `data` should be: the slices, times one side of a torus of three axes.
+
+        Then `fsdp` spans two axes, over which a TPU reduces and scatters gradients; over three its compiler all-reduces
+        them, of twice the bytes (`acejax.parallel.mesh.in_stages`).
+        """
+        sides = self.shape.split("x") if self.shape else ()
+        whole = len(sides) == 3 and self.devices // self.slices >= TORUS
+        return self.slices * (int(sides[0]) if whole else 1)
 
     @property
     def target(self) -> str | None:

@@ -12,6 +12,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from acejax.errors import UserError
+from acejax.parallel.chips import TORUS
 
 AXES = ("data", "fsdp", "tensor", "seq")
 TYPES = (AxisType.Auto,) * len(AXES)  # always said: jax.make_mesh's default is Explicit, and since 0.12 AbstractMesh's
@@ -56,6 +57,30 @@ def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[jax.Devi
 def abstract_mesh(shape: Mapping[str, int], devices: int, slices: int = 1) -> AbstractMesh:
     """As `make_mesh`, over so many devices that need not be there: rules tell shapes by it."""
     return AbstractMesh(_sizes(shape, devices, slices), AXES, axis_types=TYPES)
+
+
+def in_stages(mesh: Mesh) -> Mesh | None:
+    """The same devices with `fsdp` cut into `outer` and `inner`, where it spans a whole torus of three axes.
+
+    There the TPU compiler has no all-gather: it makes one of an all-reduce over a buffer of zeros, of twice the bytes
+    (libtpu 0.0.50, v5p and v7x from 64 devices on). Over two axes of the torus and then over the third it has. None
+    where one stage does.
+    """
+    position = mesh.axis_names.index("fsdp") if "fsdp" in mesh.axis_names else None
+    if position is None or mesh.shape["fsdp"] < TORUS or not hasattr(mesh, "devices"):
+        return None
+    line = np.moveaxis(mesh.devices, position, 0).reshape(mesh.shape["fsdp"], -1)[:, 0]
+    places = [getattr(device, "coords", ()) for device in line]
+    lengths = [len(set(along)) for along in zip(*places, strict=True)]
+    if sum(length > 1 for length in lengths) < 3:
+        return None
+    for axis, outer in enumerate(lengths):  # the one that stays the same for the longest: its parts are neighbours
+        inner, rest = divmod(len(line), outer)
+        if outer > 1 and rest == 0 and len({place[axis] for place in places[:inner]}) == 1:
+            shape, names = list(mesh.devices.shape), list(mesh.axis_names)
+            shape[position:position + 1], names[position:position + 1] = [outer, inner], ["outer", "inner"]
+            return Mesh(mesh.devices.reshape(shape), names, axis_types=(AxisType.Auto,) * len(names))
+    return None
 
 
 def check(mesh: Mesh | AbstractMesh) -> None:

@@ -157,26 +157,36 @@ def gather(mesh: Mesh) -> Callable[[jax.Array, str], jax.Array]:
     """
     meshes.check(mesh)
 
-    def pin(kernel: jax.Array, *spec: Any) -> jax.Array:
-        return jax.lax.with_sharding_constraint(kernel, NamedSharding(mesh, P(*spec)))
+    staged = meshes.in_stages(mesh)
+
+    def pin(kernel: jax.Array, spec: P, over: Mesh = mesh) -> jax.Array:
+        return jax.lax.with_sharding_constraint(kernel, NamedSharding(over, spec))
 
     @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
     def together(kernel, spec):
-        return pin(kernel, *(_without("fsdp", axes) for axes in spec))
+        if staged is not None:
+            kernel = pin(kernel, _renamed(spec, "fsdp", "outer"), staged)
+        return pin(kernel, _renamed(spec, "fsdp", None))
 
     together.defvjp(lambda kernel, spec: (together(kernel, spec), None),
-                    lambda spec, _, gradient: (pin(gradient, *spec),))
+                    lambda spec, _, gradient: (pin(gradient, spec),))
 
     def bring(kernel: jax.Array, path: str) -> jax.Array:
-        spec = _fit(_rule(path), kernel.shape, mesh)
-        return kernel if "/modulation/" in path else together(kernel, spec)
+        if "/modulation/" in path:
+            return kernel
+        return together(kernel, _fit(_rule(path), kernel.shape, mesh))
 
     return bring
 
 
-def _without(axis: str, axes: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
-    kept = tuple(one for one in ((axes,) if isinstance(axes, str) else axes or ()) if one != axis)
-    return kept[0] if len(kept) == 1 else kept or None
+def _renamed(spec: P, axis: str, name: str | None) -> P:
+    """A spec with another name for an axis, or without it."""
+    def one(axes: str | tuple[str, ...] | None) -> tuple[str, ...] | None:
+        axes = (axes,) if isinstance(axes, str) else axes or ()
+        renamed = (name if found == axis else found for found in axes)
+        return tuple(found for found in renamed if found) or None
+
+    return P(*map(one, spec))
 
 
 def share(mesh: Mesh) -> Callable[[Callable[..., jax.Array], str], Callable[..., jax.Array]]:

@@ -2,8 +2,8 @@
 
 
 def computation(name: str, *lines: str, entry: bool = False) -> str:
-    return "\n".join([f"{'ENTRY ' if entry else ''}%{name} (p.0: f32[8]) -> f32[8] {{", *(f"  {line}" for line in lines),
-                      "}"])
+    head = f"{'ENTRY ' if entry else ''}%{name} (p.0: f32[8]) -> f32[8] {{"
+    return "\n".join([head, *(f"  {line}" for line in lines), "}"])
 
 
 def program(*computations: str, head: str = "") -> str:

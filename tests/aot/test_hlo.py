@@ -55,7 +55,7 @@ def test_kernels_by_name_and_shapes():
 def test_a_collective_in_two_parts_counts_once():
     main = computation(
         "main", "%p.0 = bf16[8,16]{1,0} parameter(0)",
-        "%all-gather-start.1 = (bf16[8,16]{1,0}, bf16[64,16]{1,0}) all-gather-start(%p.0), channel_id=1, dimensions={0}",
+        "%all-gather-start.1 = (bf16[8,16]{1,0}, bf16[64,16]{1,0}) all-gather-start(%p.0), channel_id=1",
         "%all-gather-done.1 = bf16[64,16]{1,0} all-gather-done(%all-gather-start.1)", entry=True)
     assert hlo.read(program(main)).collectives == {"all-gather": 64 * 16 * 2}
 
@@ -107,10 +107,12 @@ def test_a_gather_made_of_zeros(operand):
     assert found.collectives == {"all-reduce": 64 * 16 * 2 + 128 * 4}
 
 
+# Parents are counted from 1, where frames are counted from 0: each of the first four has the one before it.
 FRAMES = """FileNames
 1 "/home/someone/acejax/train/step.py"
 2 "/usr/lib/python3.12/site-packages/jax/_src/numpy/lax.py"
-3 "/home/someone/acejax/model/dense.py"
+3 "/home/someone/acejax/model/mmdit.py"
+4 "/home/someone/acejax/model/dense.py"
 
 FunctionNames
 1 "step"
@@ -119,19 +121,22 @@ FunctionNames
 FileLocations
 1 {file_name_id=1 function_name_id=1 line=20 end_line=20 column=1 end_column=1}
 2 {file_name_id=2 function_name_id=2 line=99 end_line=99 column=1 end_column=1}
-3 {file_name_id=3 function_name_id=2 line=48 end_line=48 column=1 end_column=1}
+3 {file_name_id=3 function_name_id=2 line=130 end_line=130 column=1 end_column=1}
+4 {file_name_id=4 function_name_id=2 line=48 end_line=48 column=1 end_column=1}
 
 StackFrames
 1 {file_location_id=1 parent_frame_id=1}
-2 {file_location_id=3 parent_frame_id=1}
-3 {file_location_id=2 parent_frame_id=2}
+2 {file_location_id=3 parent_frame_id=2}
+3 {file_location_id=4 parent_frame_id=3}
 4 {file_location_id=2 parent_frame_id=4}
+5 {file_location_id=2 parent_frame_id=1}
 """
 
 
-@pytest.mark.parametrize("frame, line", [(1, "train/step.py:20"), (2, "model/dense.py:48"), (3, "model/dense.py:48"),
-                                         (4, "")])
-def test_the_innermost_line_of_ours(frame, line):
+@pytest.mark.parametrize("frame, line", [(1, "train/step.py:20"), (2, "model/mmdit.py:130"), (3, "model/mmdit.py:130"),
+                                         (4, "model/mmdit.py:130"), (5, "")],
+                         ids=["ours", "the innermost", "who calls a layer", "not jax's", "none of ours"])
+def test_the_line_of_ours(frame, line):
     told = f', metadata={{op_name="jit(step)/mlp_in/dot_general" stack_frame_id={frame}}}'
     (found,) = hlo.read(program(computation("main", fusion("a.1", 5, told), entry=True), head=FRAMES)).operations
     assert found.source == line and found.path == "jit(step)/mlp_in/dot_general" and found.shape == "f32[8]"

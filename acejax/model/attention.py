@@ -34,7 +34,7 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array | Non
       [B, S, heads, head_dim] in q's dtype.
 
     Raises:
-      ValueError: an unknown implementation.
+      ValueError: an unknown implementation, or "flash" for heads that it does not take.
     """
     if implementation == "auto":
         implementation = _by_length(q.shape[1])
@@ -84,6 +84,12 @@ def lacking(name: str, platform: str, dtype: Any = jnp.bfloat16, head_dim: int =
     return ""
 
 
+def check_heads(head_dim: int) -> None:
+    """Raises ValueError for heads that the TPU's kernels would take apart or together."""
+    if head_dim != flash.HEAD:
+        raise ValueError(lacking("flash", "tpu", head_dim=head_dim))
+
+
 def _by_length(tokens: int) -> str:
     return "xla" if tokens <= LONG else "xla_chunked"
 
@@ -108,8 +114,9 @@ def _xla_chunked(q, k, v, lengths):
 
 
 def _flash(q, k, v, lengths):
-    """The TPU kernel for heads that are ready: `acejax.model.mmdit` calls it with those that are not."""
+    """The TPU kernel for heads that are ready: `acejax.model.joint` calls it with those that are not."""
     batch, size, heads, dim = q.shape
+    check_heads(dim)
     total = flash.padded(size)
     lengths = jnp.full((batch,), size, jnp.int32) if lengths is None else lengths
     q, k, v = (jnp.pad(x.reshape(batch, size, -1), ((0, 0), (0, total - size), (0, 0))) for x in (q, k, v))

@@ -20,8 +20,8 @@ class Dense(nn.Module):
     Two collections may stand beside "params": "lora" adds a low-rank product (`acejax.adapt.lora`), "quant" holds the
     kernel in eight bits, which "params" then lacks (`acejax.adapt.quantize`).
 
-    With `parts` the first axis of `features` comes apart and the others are one: a list of [..., out], each a product
-    of its own. A TPU's compiler turns and copies what it multiplies as one, and writes these as the next kernel reads.
+    With `parts` the first axis of `features` comes apart and the others are one: a list of [..., out], on a TPU each a
+    product of its own. Its compiler turns and copies what it multiplies as one, and writes these as kernels read them.
     """
 
     features: tuple[int, ...]
@@ -59,7 +59,7 @@ class Dense(nn.Module):
         """x [..., in] times kernel, as `_whole` gives it: of each part, or the whole as the only one."""
         if not self.parts:
             return [jnp.tensordot(x, kernel, axes=1)]
-        return [x @ kernel[:, part] for part in range(kernel.shape[1])]
+        return list(jax.lax.platform_dependent(x, kernel, tpu=_each, default=_together))
 
     def _apart(self, values: jax.Array) -> list[jax.Array]:
         """What there is one of for each output [*features], as `_products`."""
@@ -70,6 +70,16 @@ class Dense(nn.Module):
         if self.parts and kernel.ndim > 2:
             leaf, kernel = f"{leaf}_parts", kernel.reshape(*kernel.shape[:2], -1)
         return self.gather(kernel, "/".join((*self.path, leaf)))
+
+
+def _each(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, ...]:
+    """x [..., in] times each part of a kernel [in, parts, out]."""
+    return tuple(x @ kernel[:, part] for part in range(kernel.shape[1]))
+
+
+def _together(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, ...]:
+    """The same as one product."""
+    return tuple(jnp.moveaxis(jnp.tensordot(x, kernel, axes=1), -2, 0))
 
 
 @jax.custom_jvp

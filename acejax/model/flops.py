@@ -1,7 +1,7 @@
 """FLOPs of the transformer in closed form: 2 for each multiply-add of a matrix product, nothing for the rest.
 
 The formulas are the architecture's own (`acejax.model.mmdit`). They are needed because XLA's `cost_analysis` counts
-the body of a scan once and a kernel such as cuDNN's or splash not at all.
+the body of a scan once and a kernel such as cuDNN's or our own for TPUs not at all.
 """
 
 import dataclasses

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from acejax.model.attention import attention
+from acejax.model.attention import attention, check_heads
 from acejax.model.config import Execution
 from acejax.model.rope import apply_rope
 from acejax.model.tpu import attention as flash
@@ -50,8 +50,12 @@ def attend(streams: Sequence[Heads], scales: Sequence[Scales], rope: Rope, lengt
 
     Returns:
       [B, S, heads * head_dim] over all tokens; under `jax.checkpoint` it has the name "attention".
+
+    Raises:
+      ValueError: attention "flash" for heads that it does not take.
     """
     if execution.attention == "flash" and all(stream.query.shape[1] % flash.HEAD == 0 for stream in streams):
+        check_heads(scales[0][0].size)
         kernels = functools.partial(_by_kernels, execution.chip)
         return execution.share(kernels, "heads")(tuple(streams), (rope, lengths), tuple(scales))
     parts = [(rms_norm(_heads(stream.query, query), query), rms_norm(_heads(stream.key, key), key),

@@ -46,6 +46,7 @@ def fused_step(state: TrainState, batch: Batch, setting: StepConfig, optimizer: 
 
     def embed(rest):
         streams, vec, *fixed = model.apply({"params": rest}, noisy_tokens(setting, batch, noise, sigma), method="embed")
+        vec = setting.execution.constrain(vec[:, None], "modulation")[:, 0]  # else a mesh splits it by features
         return (streams, vec), fixed
 
     def block(name, params, x, vec):

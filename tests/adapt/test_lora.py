@@ -13,7 +13,7 @@ from flax.traverse_util import flatten_dict
 import acejax
 from acejax.adapt import lora as adapt
 from acejax.adapt.quantize import quantize
-from acejax.model.dense import Dense
+from acejax.model.dense import Dense, add_bias
 from acejax.weights import keymaps, lora_pairs
 from acejax.weights.layout import IN, OUT, Joined, split
 from acejax.weights.lora_formats import bfl_targets
@@ -66,14 +66,23 @@ def test_without_lora_the_program_is_the_plain_one(monkeypatch):
         dtype: Any
         use_bias: bool = True
         zero: bool = False
+        parts: bool = False
+        gather: Any = None
 
         @nn.compact
         def __call__(self, x):
             kernel = self.param("kernel", nn.initializers.zeros, (x.shape[-1], *self.features), jnp.float32)
-            y = jnp.tensordot(x.astype(self.dtype), kernel.astype(self.dtype), axes=1)
+            x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
+            if self.parts:
+                kernel = kernel.reshape(*kernel.shape[:2], -1)
+                y = [x @ kernel[:, part] for part in range(kernel.shape[1])]
+            else:
+                y = [jnp.tensordot(x, kernel, axes=1)]
             if self.use_bias:
-                y = y + self.param("bias", nn.initializers.zeros, self.features, jnp.float32).astype(self.dtype)
-            return y
+                bias = self.param("bias", nn.initializers.zeros, self.features, jnp.float32).astype(self.dtype)
+                biases = list(bias.reshape(len(bias), -1)) if self.parts else [bias]
+                y = [add_bias(*pair) for pair in zip(y, biases, strict=True)]
+            return y if self.parts else y[0]
 
     found = lowered()
     jax.clear_caches()

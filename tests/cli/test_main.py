@@ -120,11 +120,11 @@ MISTAKES = [
     ("data check pairs.jsonl", "pairs.jsonl: 2 faults in 2 of 3 samples"),
     ("bench convert --json=no/r.json", "--json=no/r.json: its folder is not there"),
     (f"demo {CONFIG} --workdir=run --config.evaluate.held=0", "at least 2 samples"),
-    (f"demo {CONFIG} --workdir=run --config.execution.attention=flash", "'flash'; known: auto"),
+    (f"demo {CONFIG} --workdir=run --config.execution.attention=fast", "'fast'; known: auto"),
 ]
 # Kernels that a CPU does not have, told before anything is looked at: no weights, no data, nothing from the hub.
 ON_A_CPU = [
-    (f"demo {CONFIG} --workdir=run --config.execution.attention=splash", "config.execution.attention is 'splash'"),
+    (f"demo {CONFIG} --workdir=run --config.execution.attention=flash", "config.execution.attention is 'flash'"),
     ("train --config=ace_plus.py:h100x1 --workdir=run --config.execution.attention=cudnn",
      "config.execution.attention is 'cudnn': cudnn is a kernel for CUDA GPUs, here is a cpu; expected auto"),
     ("train --config=ace_plus.py --workdir=run --config.execution.dtype=float16",

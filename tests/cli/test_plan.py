@@ -16,7 +16,7 @@ SMALL = ["--config.model.hidden_size=1024", "--config.model.num_heads=8", "--con
 def test_a_slice_of_the_config_s_own(capsys, tmp_path):
     assert main(["plan", "--config=ace_plus.py:v5e-256", "--topology=v5e-256", f"--json={tmp_path / 'plan.json'}"]) == 0
     printed = capsys.readouterr().out
-    assert "plan: 256 v5e (fsdp 256); " in printed and "splash attention, remat full" in printed
+    assert "plan: 256 v5e (fsdp 256); " in printed and "flash attention, remat full" in printed
     told = json.loads((tmp_path / "plan.json").read_text())
     found = told["plan"]
     assert sorted((step["image"], step["samples"]) for step in found["steps"]) == [(4096, 512), (8192, 256)]

@@ -100,6 +100,21 @@ def test_jvp_is_the_gradient_s_transpose(params, sample, gradients):
     np.testing.assert_allclose(slope, jnp.vdot(gradients[1]["text"], direction), rtol=1e-3)
 
 
+def test_jvp_by_params_is_the_gradient_s_transpose(params, sample, gradients):
+    """Along all of them, biases among them, with the attention named."""
+    direction = jax.tree.map(lambda leaf: np.cos(np.arange(leaf.size, dtype=np.float32)).reshape(leaf.shape), params)
+
+    @jit
+    def slope_along(direction):
+        def by_params(params):
+            return loss(params, sample, acejax.Execution(attention="xla"))
+
+        return jax.jvp(by_params, (params,), (direction,))[1]
+
+    parts = jax.tree.leaves(jax.tree.map(jnp.vdot, gradients[0], direction))
+    np.testing.assert_allclose(slope_along(direction), sum(parts), rtol=1e-3)
+
+
 def edit(params, sample, seed):
     """The latents of an edit from its seed: the whole sampler."""
     noise = jax.random.normal(jax.random.key(seed), sample["latents"].shape)
@@ -150,7 +165,7 @@ def test_remat_changes_no_gradient(params, sample, gradients, remat):
 
 
 def test_constrain_sees_every_activation(params, sample):
-    """The hook for shardings is called on [B, S, D] and [B, S, heads, head_dim] of both stacks."""
+    """The hook for shardings is called on [B, S, D] and [B, S, heads * head_dim] of both stacks."""
     seen = set()
 
     def constrain(x, kind):
@@ -159,8 +174,7 @@ def test_constrain_sees_every_activation(params, sample):
 
     jax.eval_shape(lambda: loss(params, sample, acejax.Execution(constrain=constrain)))
     assert seen == {("hidden", (2, size, 64)) for size in (3, 6, 9)} | {  # text, image, both
-        ("heads", (2, size, 2, 32)) for size in (3, 6, 9)} | {
-        ("tokens", (2, size, 2, 32)) for size in (3, 6, 9)} | {
+        (kind, (2, size, 64)) for size in (3, 6, 9) for kind in ("heads", "tokens")} | {
         ("modulation", (2, vectors, 64)) for vectors in (6, 3, 2)}  # double, single, final
 
 
@@ -194,7 +208,7 @@ def test_wrong_tokens_are_named(params, field, channels, message):
     (lambda: acejax.MMDiTConfig(num_heads=23), "hidden_size 3072 is not a multiple of num_heads 23"),
     (lambda: acejax.MMDiTConfig(axes_dim=(16, 56, 54)), "add up to the head size 128"),
     (lambda: acejax.MMDiTConfig(axes_dim=(17, 55, 56)), "must be even numbers"),
-    (lambda: acejax.Execution(attention="flash"), "Execution.attention is 'flash'; known: auto, xla"),
+    (lambda: acejax.Execution(attention="fast"), "Execution.attention is 'fast'; known: auto, xla"),
     (lambda: acejax.Execution(remat="some"), "Execution.remat is 'some'; known: none, full, attention"),
 ])
 def test_wrong_settings_are_named(make, message):

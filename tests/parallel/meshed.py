@@ -92,7 +92,8 @@ def gradient(mesh: Mesh | None, params: Trees, rows: Any, of: str) -> Made:
     """The velocity and the gradient of one of the trees."""
     execution = Execution(remat="full")
     if mesh is not None:
-        execution = Execution(remat="full", constrain=rules.constrain(mesh), share=rules.share(mesh))
+        execution = Execution(remat="full", constrain=rules.constrain(mesh), gather=rules.gather(mesh),
+                              share=rules.share(mesh))
 
     def function(params: Trees, rows: Any) -> Any:
         seen, cotangent = rows

@@ -5,6 +5,7 @@ import types
 import pytest
 
 from acejax.errors import UserError
+from acejax.model.attention import resolve
 from acejax.parallel.chips import CHIPS, GIB, chip_of, slice_sizes, topology
 
 
@@ -115,5 +116,7 @@ def test_a_gpu_has_neither():
     assert all(chip.clock is chip.limit is None for chip in CHIPS.values() if chip.platform == "gpu")
 
 
-def test_cudnn_is_for_nvidia():
-    assert [CHIPS[name].attention for name in ("h100", "mi300x", "v7x")] == ["cudnn", "xla_chunked", "splash"]
+def test_a_kernel_is_for_its_platform():
+    """As `acejax.model.attention.resolve` takes it: cuDNN is NVIDIA's."""
+    found = [resolve("auto", CHIPS[name].platform, 4608) for name in ("h100", "mi300x", "v7x")]
+    assert found == ["cudnn", "xla_chunked", "flash"]

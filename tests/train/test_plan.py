@@ -14,7 +14,7 @@ from acejax.train.plan_memory import memory
 
 PARAMETERS = 11_902_587_968  # FLUX with 448 channels
 RUN = TrainConfig(seed=0, steps=10, model=MMDiTConfig(), optimizer=OptimizerConfig(learning_rate=1e-5),
-                  mesh={"fsdp": -1}, execution=ExecutionConfig(attention="splash"))
+                  mesh={"fsdp": -1}, execution=ExecutionConfig(attention="flash"))
 LORA = dataclasses.replace(RUN, lora=LoraConfig(64))
 CUDNN = dataclasses.replace(RUN, execution=ExecutionConfig(attention="cudnn"))
 CHUNKED = dataclasses.replace(RUN, execution=ExecutionConfig(attention="xla_chunked"))

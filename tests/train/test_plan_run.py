@@ -14,7 +14,7 @@ from acejax.train.plan_run import whole
 
 PARAMETERS = 11_902_587_968
 RUN = TrainConfig(seed=0, steps=1000, model=MMDiTConfig(), optimizer=OptimizerConfig(learning_rate=1e-5),
-                  mesh={"fsdp": -1}, execution=ExecutionConfig(attention="splash"))
+                  mesh={"fsdp": -1}, execution=ExecutionConfig(attention="flash"))
 BUCKETS = {4096: 16, 8192: 8}
 
 

@@ -11,7 +11,7 @@ from acejax.train.config import ExecutionConfig, OptimizerConfig, TrainConfig
 from acejax.train.plan_time import Sending, sendings, split, times
 
 RUN = TrainConfig(seed=0, steps=10, model=MMDiTConfig(), optimizer=OptimizerConfig(learning_rate=1e-5),
-                  execution=ExecutionConfig(attention="splash"))
+                  execution=ExecutionConfig(attention="flash"))
 MESH = abstract_mesh({"data": 2, "fsdp": 4, "tensor": 2}, 16)
 WEIGHTS, OTHERS = 2 * 11_902_587_968, 57 * 4608 * 3072 * 2
 

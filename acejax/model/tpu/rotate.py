@@ -2,7 +2,7 @@
 
 Arrays are [B, S, heads * 128], as a matrix product writes them: a head is a column of whole tiles, so that nothing is
 turned between the products before and after attention. XLA alone takes five passes for this and copies between them.
-The formulas are those of `acejax.model.mmdit.rms_norm` and `acejax.model.rope.apply_rope`.
+The formulas are those of `acejax.model.joint.rms_norm` and `acejax.model.rope.apply_rope`.
 """
 
 import functools

@@ -93,6 +93,13 @@ def check(mesh: Mesh | AbstractMesh) -> None:
                         "expected Auto: acejax.make_mesh makes such a mesh, jax.make_mesh one of Explicit axes")
 
 
+def count_slices(devices: Sequence[Any]) -> int:
+    """How many slices devices are of, as `make_mesh` finds it: of TPUs what they say, else one."""
+    if any(device.platform != "tpu" for device in devices):
+        return 1
+    return len({getattr(device, "slice_index", 0) for device in devices})
+
+
 def _groups(devices: Sequence[Any], slices: int | None) -> list[list[Any]]:
     """The devices of each slice; see `make_mesh`."""
     told = [getattr(device, "slice_index", 0) for device in devices]

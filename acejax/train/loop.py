@@ -209,7 +209,8 @@ def _plan(run: TrainConfig, stream: Stream, examples: dict[int, dict[str, Any]] 
     examples = examples or stream.examples(0, run.steps)
     text = next(iter(examples.values()))["text"].shape[1]
     buckets = {bucket: stream.batch_sizes[bucket] for bucket in examples}
-    return plan(run, buckets, text, chip_of(jax.devices()[0]), jax.device_count())
+    return plan(run, buckets, text, chip_of(jax.devices()[0]), jax.device_count(),
+                slices=meshes.count_slices(jax.devices()))
 
 
 def _longest(examples: dict[int, dict[str, Any]]) -> int:

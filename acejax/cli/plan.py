@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 from absl import flags
 
 from acejax.aot import compiler
@@ -31,6 +32,7 @@ from acejax.train.plan_data import Samples
 from acejax.train.plan_run import whole
 
 CPU = {"JAX_PLATFORMS": "cpu"}
+REFUSED = 2  # exit code of the other process for a user's mistake
 OFF = 0.1  # the most that a plan may be off from what XLA says
 
 
@@ -39,11 +41,15 @@ def main(argv: Sequence[str]) -> int:
     parsed = parse_config("plan", argv, _define)
     if parsed is None:
         return 0
+    if jax.config.jax_platforms is None:
+        jax.config.update("jax_platforms", "cpu")  # nothing runs here, and who trains beside it needs the accelerator
     values, config = parsed
     if values["topology"].value is None:
         raise UserError("plan: --topology=NAME is missing: h100x8, v5e-256, v5p-128, cpu:64 ...")
     written.check_place(path := values["json"].value)
     there = topology(values["topology"].value)
+    if values["compile"].value and there.chip is not None:
+        compiler.check(there)
     run = TrainConfig.of(config)
     text = values["text"].value or config.get("encoders", {}).get("text_length", 512)
     data, why = _data(config)
@@ -61,7 +67,6 @@ def main(argv: Sequence[str]) -> int:
             good = _compare(found, made) and good
             report["compiled"] = dataclasses.asdict(made)
         else:
-            compiler.check()
             report["compiled"] = _in_child(argv, found, compiler.ENVIRONMENT)
             print(report_table.table(report["compiled"], found.largest), flush=True)
             good = report["compiled"]["peak"] <= there.chip.limit and good
@@ -126,9 +131,11 @@ def _in_child(argv: Sequence[str], found: Plan, environment: dict[str, str]) -> 
     step = [found.largest.samples, found.largest.image, found.text]
     child = subprocess.run([sys.executable, "-m", "acejax.cli.plan", json.dumps(step), *argv],
                            env=os.environ | environment, stdout=subprocess.PIPE, text=True, check=False)
+    told = json.loads(child.stdout.splitlines()[-1]) if child.returncode in (0, REFUSED) else {}
     if child.returncode:
-        raise UserError(f"plan: the step did not compile (exit code {child.returncode}); the lines above tell why")
-    return json.loads(child.stdout.splitlines()[-1])
+        raise UserError("plan: " + told.get("error", f"the step did not compile (exit code {child.returncode}); the "
+                                                     "lines above tell why"))
+    return told
 
 
 def _virtual(devices: int) -> str:
@@ -136,7 +143,7 @@ def _virtual(devices: int) -> str:
 
 
 def _child(step: str, argv: Sequence[str]) -> None:
-    """The other process of `_in_child`: prints what it found as the last line."""
+    """The other process of `_in_child`: prints what it found as the last line, or the error."""
     values, config = parse_config("plan", argv, _define)
     run, there, sizes = TrainConfig.of(config), topology(values["topology"].value), json.loads(step)
     if there.chip is None:
@@ -181,4 +188,5 @@ if __name__ == "__main__":
     try:
         _child(sys.argv[1], sys.argv[2:])
     except UserError as error:
-        sys.exit(f"acejax: {error}")
+        print(json.dumps({"error": str(error)}))
+        sys.exit(REFUSED)

@@ -82,7 +82,7 @@ def main(argv: list[str]) -> int:
     recorded = json.loads(RECORD.read_text())
     lines = differences(recorded, now)
     if lines and recorded["versions"] != now["versions"]:
-        lines.append(f"recorded with {recorded['versions']}, here {now['versions']}: python -m tests.aot.reduced --write")
+        lines.append(f"recorded with {recorded['versions']}, here {now['versions']}")
     print("\n".join(lines) or f"all within {TOLERANCE:.0%} of {RECORD.name}")
     return 1 if lines else 0
 

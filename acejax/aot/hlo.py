@@ -183,7 +183,7 @@ class _Reader:
         return numbers[0] if len(numbers) == 1 else 1
 
     def sent(self, instruction: _Instruction, computation: str) -> list[tuple[str, float, float]]:
-        """(kind, bytes, bytes of them that stand for a gather) of a collective, also of one that a fusion is made of."""
+        """(kind, bytes, bytes of these that stand for a gather) of a collective, also of one in a fusion."""
         kind = instruction.kind.removesuffix("-start")
         if kind in COLLECTIVES:
             return [(kind, self._size(instruction, computation), self._of_zeros(instruction, computation))]

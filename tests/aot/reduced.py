@@ -66,7 +66,7 @@ def differences(recorded: dict, now: dict) -> list[str]:
 def two_slices() -> None:
     """The step of a small model with a slice on each half of `data`: gradients go between them, parameters do not."""
     there = topology(SLICES)
-    step = compile_for(run(SLICES, SMALL), there, there.devices, 1024, 256, schedules=False)
+    step = compile_for(run(SLICES, SMALL), there, there.devices, 256, 128, schedules=False)
     assert step.collectives.get("all-reduce", 0) > 0 and step.collectives.get("all-gather", 0) > 0, step.collectives
     print(f"{SLICES}: {step.peak / 2**20:.0f} MiB, {step.cycles:,} cycles ({step.compile_seconds:.0f} s)")
 

@@ -111,7 +111,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--only", nargs="+", metavar="NAME", help="figures whose names start so")
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE", default=RESULTS,
                         help=f"write the figures there; by default {RESULTS.relative_to(CHECKOUT)} where all are made")
-    parser.add_argument("--fresh", action="store_true", help=f"compile what {CACHE.relative_to(CHECKOUT)} has as well")
+    parser.add_argument("--cache", type=pathlib.Path, metavar="FOLDER", default=CACHE,
+                        help="of compiled programs, so that a run that was interrupted goes on; by default "
+                             f"{CACHE.relative_to(CHECKOUT)}")
+    parser.add_argument("--fresh", action="store_true", help="compile what the cache has as well")
     args = parser.parse_args(argv)
     compiler.check()
     figures = chosen(args.only)
@@ -122,7 +125,7 @@ def main(argv: list[str]) -> int:
     with _checkout(args.against) as older:
         for count, figure in enumerate(figures, 1):
             print(f"[{count}/{len(figures)}] {figure.name} ...", flush=True)
-            rows.append(measure(figure, older, args.fresh))
+            rows.append(measure(figure, older, args.cache, args.fresh))
             print(f"      {line(rows[-1])}", flush=True)
     if args.json:
         args.json.write_text(json.dumps(report(rows, args.against, argv), indent=1) + "\n")
@@ -174,10 +177,11 @@ def _git(*arguments: str) -> str:
     return done.stdout.strip()
 
 
-def measure(figure: Figure, older: pathlib.Path | None, fresh: bool = False) -> dict[str, Any]:
+def measure(figure: Figure, older: pathlib.Path | None, cache: pathlib.Path = CACHE, fresh: bool = False
+            ) -> dict[str, Any]:
     """A row of the report: `ours`, `against` (None without an older checkout), `ratio`, `must` and whether it holds."""
-    ours = side(figure, CHECKOUT, fresh)
-    against = side(figure, older, fresh) if older else None
+    ours = side(figure, CHECKOUT, cache, fresh)
+    against = side(figure, older, cache, fresh) if older else None
     row = {"figure": figure.name, "unit": figure.unit, "ours": ours["value"],
            "against": against and against["value"]}
     return row | judge(figure, row["ours"], row["against"]) | {"details": {"ours": ours, "against": against}}
@@ -193,12 +197,12 @@ def judge(figure: Figure, ours: float, against: float | None) -> dict[str, Any]:
             "goal": figure.goal, "reached": None if figure.goal is None else ours <= figure.goal}
 
 
-def side(figure: Figure, tree: pathlib.Path, fresh: bool) -> dict[str, Any]:
+def side(figure: Figure, tree: pathlib.Path, cache: pathlib.Path, fresh: bool) -> dict[str, Any]:
     """The value of one checkout, and what it is made of."""
     found = {}
     for program in figure.programs:
         started = time.monotonic()
-        folder = tpu_run.compile_figure(tree, program, CACHE, fresh)
+        folder = tpu_run.compile_figure(tree, program, cache, fresh)
         found[program] = tpu_run.cost(folder, figure.chip, figure.loop)
         print(f"      {program} of {'this checkout' if tree == CHECKOUT else 'the older commit'}: "
               f"{figure.value(found[program]) / figure.scale:.3f} {figure.unit} "
@@ -209,7 +213,8 @@ def side(figure: Figure, tree: pathlib.Path, fresh: bool) -> dict[str, Any]:
     if len(found) > 1:
         told["all"] = {program: round(figure.value(cost) / figure.scale, 4) for program, cost in found.items()}
     if figure.name in ROTATE and (tree / "acejax" / "model" / "tpu" / "rotate.py").is_file():
-        turned = tpu_run.cost(tpu_run.compile_figure(tree, ROTATE[figure.name], CACHE, fresh), figure.chip)
+        folder = tpu_run.compile_figure(tree, ROTATE[figure.name], cache, fresh)
+        turned = tpu_run.cost(folder, figure.chip)
         told["rotate, beside it"] = round(of_one_core(turned) / figure.scale, 4)
     return told
 

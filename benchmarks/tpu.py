@@ -125,7 +125,7 @@ def main(argv: list[str]) -> int:
     with _checkout(args.against) as older:
         for count, figure in enumerate(figures, 1):
             print(f"[{count}/{len(figures)}] {figure.name} ...", flush=True)
-            rows.append(measure(figure, older, args.cache, args.fresh))
+            rows.append(measure(figure, older, args.cache.resolve(), args.fresh))
             print(f"      {line(rows[-1])}", flush=True)
     if args.json:
         args.json.write_text(json.dumps(report(rows, args.against, argv), indent=1) + "\n")

@@ -14,6 +14,7 @@ from acejax.edit import step_cache
 from acejax.errors import UserError
 from acejax.model import mmdit, modulation
 from acejax.model.config import Execution, MMDiTConfig
+from acejax.model.dense import parts_first
 from acejax.model.mmdit import Params, Tokens
 from acejax.parallel import kernels, rules
 
@@ -51,7 +52,10 @@ class Sampler:
         execution = kernels.on_devices(execution, config, mesh)
         self.config, self.execution, self.mesh, self.offload = config, execution, mesh, offload
         first, rest = split({"params": params, "quant": quant})
-        self._first, self._rest = jax.device_get(first) if offload else self.place(first), self.place(rest)
+        self._first, rest = jax.device_get(first) if offload else self.place(first), self.place(rest)
+        if self._device.platform == "tpu":
+            rest = {name: tree and parts_first(tree) for name, tree in rest.items()}
+        self._rest = self.place(rest)
 
     def place(self, tree: Any) -> Any:
         """Parameters, or a LoRA that will be used often, where the sampler wants them; nothing moves that is there."""

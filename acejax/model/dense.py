@@ -7,6 +7,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from acejax.model.config import stored
 
@@ -22,6 +23,7 @@ class Dense(nn.Module):
 
     With `parts` the first axis of `features` comes apart and the others are one: a list of [..., out], on a TPU each a
     product of its own. Its compiler turns and copies what it multiplies as one, and writes these as kernels read them.
+    Their kernel may be held as `parts` [parts, in, out] in place of [in, *features] (`parts_first`).
     """
 
     features: tuple[int, ...]
@@ -34,11 +36,12 @@ class Dense(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> Any:
         x = x.astype(self.dtype)
-        if self.has_variable("quant", "q"):
-            q, scale = (self.get_variable("quant", name) for name in ("q", "scale"))
-            q = self._whole("q", q).astype(self.dtype)  # exact in bfloat16, so that scales can follow the product
-            y = [(part.astype(jnp.float32) * one).astype(self.dtype)
-                 for part, one in zip(self._products(x, q), self._apart(scale), strict=True)]
+        if self.has_variable("quant", "scale"):
+            y = [(part.astype(jnp.float32) * one).astype(self.dtype)  # q is exact in bfloat16: scales can follow
+                 for part, one in zip(self._held(x, "quant", "q"), self._apart(self.get_variable("quant", "scale")),
+                                      strict=True)]
+        elif self.has_variable("params", "parts"):
+            y = self._held(x, "params", "kernel")
         else:
             shape = (x.shape[-1], *self.features)
             init = nn.initializers.zeros if self.zero else nn.initializers.variance_scaling(
@@ -55,6 +58,14 @@ class Dense(nn.Module):
             y = [add_bias(part, one) for part, one in zip(y, self._apart(bias), strict=True)]
         return y if self.parts else y[0]
 
+    def _held(self, x: jax.Array, collection: str, leaf: str) -> list[jax.Array]:
+        """x times a kernel of a collection, held as it is or by its parts."""
+        if not self.has_variable(collection, "parts"):
+            kernel = self._whole(leaf, self.get_variable(collection, leaf))
+            return self._products(x, kernel.astype(self.dtype))
+        parts = self.gather(self.get_variable(collection, "parts"), "/".join((*self.path, "parts")))
+        return [x @ part.astype(self.dtype) for part in parts]
+
     def _products(self, x: jax.Array, kernel: jax.Array) -> list[jax.Array]:
         """x [..., in] times kernel, as `_whole` gives it: of each part, or the whole as the only one."""
         if not self.parts:
@@ -70,6 +81,23 @@ class Dense(nn.Module):
         if self.parts and kernel.ndim > 2:
             leaf, kernel = f"{leaf}_parts", kernel.reshape(*kernel.shape[:2], -1)
         return self.gather(kernel, "/".join((*self.path, leaf)))
+
+
+def parts_first(tree: dict[str, Any]) -> dict[str, Any]:
+    """Trees of params or quantised kernels with the layers of several parts as a TPU multiplies them.
+
+    "qkv/kernel" (or "q") [..., in, parts, heads, head_dim] is "qkv/parts" [..., parts, in, heads * head_dim], one leaf
+    after the other: a sampler's loop would turn each of them at each step.
+    """
+    leaves = flatten_dict(tree)
+    for path in [path for path in leaves if path[-2:] in (("qkv", "kernel"), ("qkv", "q"))]:
+        leaves[(*path[:-1], "parts")] = _turned(leaves.pop(path))
+    return unflatten_dict(leaves)
+
+
+@jax.jit
+def _turned(kernel: jax.Array) -> jax.Array:
+    return jnp.moveaxis(kernel.reshape(*kernel.shape[:-2], -1), -2, -3)
 
 
 def _each(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, ...]:

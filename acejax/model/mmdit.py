@@ -331,7 +331,8 @@ def forward(config: MMDiTConfig, params: Params, tokens: Tokens, *, lora: Params
 
 def check_lora(collections: dict[str, Params], lora: Params) -> None:
     """Linen passes over variables that no module asks for; a LoRA that does nothing must not pass unseen."""
-    layers = {path[:-1] for tree in collections.values() for path in flatten_dict(tree) if path[-1] in ("kernel", "q")}
+    kernels = ("kernel", "q", "parts")
+    layers = {path[:-1] for tree in collections.values() for path in flatten_dict(tree) if path[-1] in kernels}
     unknown = sorted("/".join(path[:-1]) for path in flatten_dict(lora) if path[:-1] not in layers)
     if unknown:
         raise ValueError(f"lora has {unknown[0]!r}, which is no linear layer of the model")

@@ -23,6 +23,7 @@ RULES = (
     (r"qkv/(kernel|q)$", ("fsdp", None, "tensor", None)),  # [in, 3, heads, head_dim]
     (r"qkv/(kernel|q)_parts$", ("fsdp", None, "tensor")),  # on its way to a product, [in, 3, heads * head_dim]
     (r"qkv/b_parts$", (None, None, "tensor")),
+    (r"qkv/parts$", (None, "fsdp", "tensor")),  # held so (`acejax.model.dense.parts_first`), [3, in, heads * head_dim]
     (r"qkv/bias$", (None, "tensor", None)),
     (r"modulation/(kernel|q)$", ("fsdp", None, "tensor")),  # [in, 6 or 3, hidden]
     (r"(proj|mlp_out|out_layer)/(kernel|q)$", (("tensor", "fsdp"), None)),

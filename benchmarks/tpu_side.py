@@ -48,8 +48,11 @@ def devices(topology: str) -> list[jax.Device]:
 
 
 def has(module: str) -> bool:
-    """Whether the checkout has a module."""
-    return importlib.util.find_spec("acejax.model.tpu") is not None and importlib.util.find_spec(module) is not None
+    """Whether the checkout has a module of the package."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # nor what it would be in
+        return False
 
 
 def execution(topology: str, mesh: Mesh | None) -> Execution:
@@ -127,9 +130,8 @@ def step(topology: str, kind: str):
     from acejax.train.plan_compile import abstract_batch
     from acejax.train.program import Program
 
-    # not the topology's own name where an old checkout does not know it: it only sets the batch, which is given here
-    name = "v5e-256" if topology == "v5e-256" else topology
-    _, config = parse_config("plan", [f"--config={folder() / CONFIGS[kind]}:{name}", *SETTINGS[kind]], command._define)
+    named = f"--config={folder() / CONFIGS[kind]}:{topology}"
+    _, config = parse_config("plan", [named, *SETTINGS[kind]], command._define)
     run = TrainConfig.of(config)
     mesh = meshes.make_mesh(run.mesh, devices(topology))
     program = Program.of(run, mesh, references=1, tasks=8)
@@ -185,6 +187,8 @@ def picture(topology: str, part: str):
         config, params, sigmas[:-1, None], jnp.zeros((1, config.vec_in_dim)), jnp.zeros(1), execution=Execution(
             jnp.bfloat16)), params, sigmas)
     _, rest = sampler.split({"params": params, "quant": None, "lora": None})
+    if hasattr(sampler, "parts_first"):  # as `Sampler` holds them on a TPU
+        rest = {name: tree and jax.eval_shape(sampler.parts_first, tree) for name, tree in rest.items()}
     rest = placed(rest, row) if mesh is None else {name: tree and placed(tree, rules.shardings(tree, mesh))
                                                     for name, tree in rest.items()}
     latents = array(1, SIDE, SIDE, 16)

@@ -219,8 +219,9 @@ class Execution:
         inputs and attention outputs).
       chip: what the program is for, as `acejax.parallel.chips` names it; kernels are cut for it. "" is any.
       constrain: `f(x, kind)` pins an activation's sharding. The kinds: "hidden" [B, S, D], a stream and what is added
-        to it; "modulation" [B, vectors, D]; "heads" [B, S, heads * head_dim], queries, keys and values on their
-        way into attention; "tokens" [B, S, heads * head_dim], what comes out of it.
+        to it; "vector" [B, D], what modulation is made of, and "modulation" [B, vectors, D]; "heads"
+        [B, S, heads * head_dim], queries, keys and values on their way into attention, and "tokens", of the same
+        shape, what comes out of it.
       gather: `f(kernel, path)` brings the parts of a sharded kernel together just before it meets an activation; the
         path names the layer and the leaf ("single_blocks/mlp_in/kernel").
       share: `share(f, kind)` makes of a kernel `f(streams, rows, whole)` one that each device runs on its own part:

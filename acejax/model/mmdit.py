@@ -110,7 +110,8 @@ class StreamLayers(nn.Module):
 
         `modulation` [B, vectors, D] is what the layer would make of `vec` [B, D]; one of the two is given.
         """
-        modulation = self.modulation(nn.silu(vec)) if modulation is None else modulation
+        if modulation is None:
+            modulation = self.modulation(self.execution.constrain(nn.silu(vec), "vector"))
         modulation = self.execution.constrain(modulation, "modulation")
         shift, scale, *rest = jnp.split(modulation[:, :, None], 3 if self.parallel else 6, axis=1)
         y = self.execution.constrain(modulated_norm(x, shift[:, 0], scale[:, 0], self.execution), "hidden")
@@ -196,7 +197,8 @@ class FinalLayer(nn.Module):
     def __call__(self, x: jax.Array, vec: jax.Array | None, modulation: jax.Array | None) -> jax.Array:
         c, dtype = self.config, self.execution.dtype
         if modulation is None:
-            modulation = Dense((2, c.hidden_size), dtype, zero=True, name="modulation")(nn.silu(vec))
+            vec = self.execution.constrain(nn.silu(vec), "vector")
+            modulation = Dense((2, c.hidden_size), dtype, zero=True, name="modulation")(vec)
         shift, scale = jnp.split(self.execution.constrain(modulation, "modulation"), 2, axis=1)
         x = self.execution.constrain(modulated_norm(x, shift, scale, self.execution), "hidden")
         return Dense((c.out_channels,), dtype, zero=True, name="linear")(x)

@@ -131,17 +131,22 @@ def constrain(mesh: Mesh) -> Callable[[jax.Array, str], jax.Array]:
     its heads, "tokens" takes what it gives back (DeepSpeed-Ulysses, arXiv:2309.14509). Both ends of the way are
     written out: so XLA makes one all-to-all of it, forward and backward, where one end alone gathers the sequence.
 
+    Modulation's kernels stay where they are: the vectors of all samples ("vector") go to the parts of their inputs, and
+    what these make of them is summed ("modulation"). Its gradient is then a product of small arrays on each device, and
+    not an outer product as large as the kernel that is summed over all of them.
+
     Everything that is added to or multiplied with a stream is pinned as the stream is, forward and (as a pin holds for
     the cotangent too) backward.
     """
     meshes.check(mesh)
     tokens = P(BATCH_AXES, "seq", "tensor")
-    ways = {"hidden": (HIDDEN,), "modulation": (P(BATCH_AXES, None, None),), "heads": (tokens, HEADS),
-            "tokens": (HEADS, tokens)}
+    ways = {"hidden": (HIDDEN,), "heads": (tokens, HEADS), "tokens": (HEADS, tokens),
+            "vector": (P(BATCH_AXES, None), P(None, "fsdp")),
+            "modulation": (P(None, None, "tensor"), P(BATCH_AXES, None, None))}
 
     def pin(x: jax.Array, kind: str) -> jax.Array:
         for spec in ways[kind]:
-            x = jax.lax.with_sharding_constraint(x, NamedSharding(mesh, on(mesh, spec)))
+            x = jax.lax.with_sharding_constraint(x, NamedSharding(mesh, _fit(tuple(spec), x.shape, mesh)))
         return x
 
     return pin
@@ -154,7 +159,7 @@ def gather(mesh: Mesh) -> Callable[[jax.Array, str], jax.Array]:
     lies. A product whose inputs lie over both is never left to XLA: it makes partial products of it that add into
     memory, and with a batch over (data, fsdp) it has swapped rows without a word (findings/xla-swapped-rows.sh).
 
-    Modulation stays where it is: its activations are one vector a sample, its kernels a quarter of the weights.
+    Modulation stays where it is (`constrain`): one vector a sample meets a quarter of the weights.
     """
     meshes.check(mesh)
 

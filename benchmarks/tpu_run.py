@@ -13,6 +13,7 @@ import sys
 import tempfile
 from typing import Any
 
+from acejax import aot
 from acejax.aot import compiler, hlo
 from acejax.aot.kernels import DUMP
 from acejax.errors import UserError
@@ -93,7 +94,7 @@ def versions() -> dict[str, str]:
 
 
 def _child(tree: pathlib.Path, mode: str, figure: str, folder: pathlib.Path, more: dict[str, str]) -> None:
-    environment = os.environ | compiler.ENVIRONMENT | more | {"PYTHONPATH": str(tree)}
+    environment = os.environ | aot.ENVIRONMENT | more | {"PYTHONPATH": str(tree)}
     line = [sys.executable, "-P", str(SIDE), mode, figure, str(folder)]
     done = subprocess.run(line, env=environment, cwd=tree, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
                           check=False)

@@ -14,9 +14,6 @@ from acejax.aot import hlo, kernels
 from acejax.errors import UserError
 from acejax.parallel.chips import Chip, Topology
 
-# What libtpu asks of a machine that has no TPU, before jax starts. Two programs may compile at a time.
-ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-               "TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0", "TPU_ACCELERATOR_TYPE": "v6e-1"}
 TOP = 10  # operations that are reported
 PACKAGES = ("jax", "jaxlib", "libtpu")
 

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 from absl import flags
 
+from acejax import aot
 from acejax.aot import compiler
 from acejax.aot import table as report_table
 from acejax.cli.config import parse_config
@@ -67,7 +68,7 @@ def main(argv: Sequence[str]) -> int:
             good = _compare(found, made) and good
             report["compiled"] = dataclasses.asdict(made)
         else:
-            report["compiled"] = _in_child(argv, found, compiler.ENVIRONMENT)
+            report["compiled"] = _in_child(argv, found, aot.ENVIRONMENT)
             print(report_table.table(report["compiled"], found.largest), flush=True)
             good = report["compiled"]["peak"] <= there.chip.limit and good
     if path:

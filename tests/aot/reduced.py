@@ -11,11 +11,12 @@ import pathlib
 import sys
 import time
 
-from acejax.aot import compiler
+from acejax import aot
 
 if __name__ == "__main__":
-    os.environ.update(compiler.ENVIRONMENT)
+    os.environ.update(aot.ENVIRONMENT)  # before jax starts
 
+from acejax.aot import compiler
 from acejax.cli import plan as command
 from acejax.cli.config import folder, parse_config
 from acejax.parallel.chips import topology

@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from acejax.aot import compiler, kernels
+from acejax import aot
+from acejax.aot import kernels
 from tests.aot.libtpu import needs_libtpu
 
 
@@ -35,7 +36,7 @@ def test_a_schedule_of_each_kernel():
     calls = {"attention_forward(s32[1], bf16[1,1024,256], bf16[1,1024,256], bf16[1,1024,256])": 3}
     line = ("import json, sys; from acejax.aot import kernels; "
             "print(json.dumps(kernels.cycles(json.loads(sys.argv[1]), 'v6e:1x1', 'v6e')))")
-    done = subprocess.run([sys.executable, "-c", line, json.dumps(calls)], env=os.environ | compiler.ENVIRONMENT,
+    done = subprocess.run([sys.executable, "-c", line, json.dumps(calls)], env=os.environ | aot.ENVIRONMENT,
                           capture_output=True, text=True, check=True)
     (cycles,) = json.loads(done.stdout.splitlines()[-1]).values()
     products = 2 * 4 * 1024**2 * 128 / 2**19  # two heads, by what the matrix units make in a cycle

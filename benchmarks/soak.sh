@@ -17,6 +17,11 @@ done
 .venv/bin/acejax bench rounding --json "$results/rounding.json" || failed=1
 .venv/bin/acejax bench plan --json "$results/plan.json" || failed=1
 .venv/bin/acejax bench startup --json "$results/startup.json" || failed=1
+if make aot; then
+    .venv-aot/bin/acejax bench tpu --against "${AGAINST:-c143ae5}" || failed=1
+else
+    failed=1
+fi
 
 for pair in ${PYTHONS:-3.11:0.10 3.12:0.11 3.13:0.12}; do
     python=python${pair%:*} jax=${pair#*:}

@@ -14,9 +14,6 @@ from acejax.aot import hlo, kernels
 from acejax.errors import UserError
 from acejax.parallel.chips import Chip, Topology
 
-# What libtpu asks of a machine that has no TPU, before jax starts. Two programs may compile at a time.
-ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-               "TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0", "TPU_ACCELERATOR_TYPE": "v6e-1"}
 TOP = 10  # operations that are reported
 PACKAGES = ("jax", "jaxlib", "libtpu")
 
@@ -90,8 +87,10 @@ class Report:
                                            "seconds": self.seconds}
 
 
-def check() -> None:
-    """Raises UserError where libtpu is not installed."""
+def check(topology: Topology | None = None) -> None:
+    """Raises UserError where libtpu is not installed, or the topology is no TPU."""
+    if topology is not None and topology.target is None:
+        raise UserError(f"topology {topology.name!r}: only TPUs can be compiled for without one, or cpu:N")
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("compiling for a TPU needs libtpu, which is not installed here; `make aot` makes an "
                         "environment with it (.venv-aot, Python 3.12 or newer), or pip install 'acejax[aot]'")
@@ -103,9 +102,7 @@ def devices(topology: Topology) -> list[jax.Device]:
     Raises:
       UserError: libtpu is not here, or the topology is no TPU.
     """
-    check()
-    if topology.target is None:
-        raise UserError(f"topology {topology.name!r}: only TPUs can be compiled for without one, or cpu:N")
+    check(topology)
     several = {"num_slices": topology.slices} if topology.slices > 1 else {}
     cores = {"chip_config_name": "megacore"} if topology.chip.name == "v4" else {}
     found = topologies.get_topology_desc(platform="tpu", topology_name=topology.target, **several, **cores)

@@ -15,6 +15,7 @@ BYTES = {"f64": 8, "s64": 8, "u64": 8, "f32": 4, "s32": 4, "u32": 4, "bf16": 2, 
          "u8": 1, "pred": 1, "s4": 0.5, "u4": 0.5}
 THROUGH = ("model/dense.py", "parallel/rules.py")  # lines that others call for: the caller tells more
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+PASSED_ON = ("get-tuple-element", "bitcast", "copy", "copy-start", "copy-done")  # the same values elsewhere
 _SHAPE = re.compile(r"\b([a-z]+\d+(?:e\w+)?|pred)\[([\d,]*)\]")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{\s*(?:/\*.*)?$")
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%([\w.\-]+) = (.*?) ([\w\-]+)\((.*)$")
@@ -80,6 +81,10 @@ class _Instruction:
         found = re.search(rf"\b{name}=%?([\w.\-]+)", self.rest)
         return found[1] if found else ""
 
+    def operands(self) -> list[str]:
+        """Names of its operands."""
+        return _NAME.findall(self.rest.split("), ")[0])
+
     def branches(self) -> list[str]:
         found = re.search(r"branch_computations=\{([^}]*)\}", self.rest)
         if found:
@@ -95,18 +100,27 @@ def read(text: str, package: str = "acejax") -> Program:
       package: whose lines operations are traced to.
     """
     reader = _Reader(text, package)
-    operations, kernels = [], collections.Counter()
-    moved, zeros = collections.Counter(), 0.0
-    for instruction, calls, computation in reader.run(reader.entry, 1):
-        if instruction.cycles:
-            operations.append(reader.operation(instruction, calls))
-        if "tpu_custom_call" in instruction.rest:
-            kernels[_signature(instruction)] += calls
-        for kind, size, of_zeros in reader.sent(instruction, computation):
-            moved[kind] += calls * size
-            zeros += calls * size * of_zeros
-    operations.sort(key=lambda operation: operation.cycles, reverse=True)
-    return Program(tuple(operations), dict(kernels), dict(moved), zeros)
+    return reader.program(reader.entry)
+
+
+def trip(text: str, layers: str, package: str = "acejax") -> Program:
+    """Cost of one trip of the loop over a stack of layers; other arguments as of `read`.
+
+    Args:
+      layers: the stack's name in jax's paths, "single_blocks". Of several loops with such operations it is the one
+        whose trip costs the most.
+
+    Raises:
+      KeyError: no loop of the program has any.
+    """
+    reader = _Reader(text, package)
+    bodies = {instruction.attribute("body") for instruction, _, _ in reader.run(reader.entry, 1)
+              if instruction.kind == "while"}
+    found = [body for body in bodies if any(f"/{layers}/" in instruction.rest
+                                            for instruction in reader.computations.get(body, ()))]
+    if not found:
+        raise KeyError(layers)
+    return reader.program(max(found, key=reader.cost))
 
 
 class _Reader:
@@ -125,6 +139,21 @@ class _Reader:
                 current = self.computations.setdefault(opened[2], [])
                 self.entry = opened[2] if opened[1] else self.entry
         self._lines = _source_lines(text, package)
+
+    def program(self, name: str) -> Program:
+        """Of a computation and all that it calls."""
+        operations, kernels = [], collections.Counter()
+        moved, zeros = collections.Counter(), 0.0
+        for instruction, calls, computation in self.run(name, 1):
+            if instruction.cycles:
+                operations.append(self.operation(instruction, calls))
+            if "tpu_custom_call" in instruction.rest:
+                kernels[_signature(instruction)] += calls
+            for kind, size, of_zeros in self.sent(instruction, computation):
+                moved[kind] += calls * size
+                zeros += calls * of_zeros
+        operations.sort(key=lambda operation: operation.cycles, reverse=True)
+        return Program(tuple(operations), dict(kernels), dict(moved), zeros)
 
     def run(self, name: str, calls: int) -> Iterator[tuple[_Instruction, int, str]]:
         """(instruction, how often it runs, its computation) of a computation and all that it calls."""
@@ -153,8 +182,8 @@ class _Reader:
         numbers = [int(found[1]) for found in (re.match(r"(\d+)\)", rest) for rest in constants) if found]
         return numbers[0] if len(numbers) == 1 else 1
 
-    def sent(self, instruction: _Instruction, computation: str) -> list[tuple[str, float, bool]]:
-        """(kind, bytes, whether it stands for a gather) of a collective, also of one that a fusion is made of."""
+    def sent(self, instruction: _Instruction, computation: str) -> list[tuple[str, float, float]]:
+        """(kind, bytes, bytes of these that stand for a gather) of a collective, also of one in a fusion."""
         kind = instruction.kind.removesuffix("-start")
         if kind in COLLECTIVES:
             return [(kind, self._size(instruction, computation), self._of_zeros(instruction, computation))]
@@ -174,23 +203,38 @@ class _Reader:
 
     def _size(self, instruction: _Instruction, computation: str) -> float:
         named = self._named(computation)
-        operands = [named[name].shape for name in _NAME.findall(instruction.rest.split("), ")[0]) if name in named]
+        operands = [named[name].shape for name in instruction.operands() if name in named]
         taken = sum(map(_bytes, operands))
         given = _bytes(instruction.shape)
         if instruction.kind.endswith("-start"):  # gives its operands too
             given = max(given - taken, 0)
         return max(taken, given)
 
-    def _of_zeros(self, instruction: _Instruction, computation: str) -> bool:
-        """Whether an all-reduce's operand is a buffer of zeros with a part written into it."""
+    def _of_zeros(self, instruction: _Instruction, computation: str) -> float:
+        """Bytes of an all-reduce's operands that are buffers of zeros with a part written into them."""
         if instruction.kind.removesuffix("-start") != "all-reduce":
-            return False
+            return 0.0
         named = self._named(computation)
-        for name in _NAME.findall(instruction.rest.split("), ")[0]):
-            made = named.get(name)
-            if made and (made.kind == "dynamic-update-slice" or "dynamic-update-slice" in made.name):
-                return True
-        return False
+        return sum(_bytes(named[name].shape) for name in instruction.operands() if name in named
+                   and self._written(named[name], computation))
+
+    def _written(self, made: _Instruction, computation: str, item: int = 0) -> bool:
+        """Whether a value is made by writing a part into another: itself, or the fusion that it comes from."""
+        named = self._named(computation)
+        if made.kind == "dynamic-update-slice":
+            return True
+        if made.kind == "fusion":
+            called = made.attribute("calls")
+            inner = self.computations.get(called, [])
+            return bool(inner) and self._written(inner[-1], called, item)  # the root is the last
+        if made.kind == "tuple":
+            source = made.operands()[item:item + 1]
+        elif made.kind in PASSED_ON:
+            index = re.search(r"\bindex=(\d+)", made.rest) if made.kind == "get-tuple-element" else None
+            item, source = int(index[1]) if index else item, made.operands()[:1]
+        else:
+            return False
+        return bool(source) and source[0] in named and self._written(named[source[0]], computation, item)
 
     def operation(self, instruction: _Instruction, calls: int) -> Operation:
         frame = re.search(r"stack_frame_id=(\d+)", instruction.rest)

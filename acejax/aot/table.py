@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from acejax.parallel.chips import topology
+
 GB, MILLION = 1e9, 1e6
 
 
@@ -26,7 +28,7 @@ def table(report: Mapping[str, Any], step: Any = None) -> str:
                  f"outside kernels, {report['kernel_cycles'] / MILLION:.1f} in them")
     if report["seconds"]:
         lines.append(f"  seconds          {report['seconds']:9.3f} at {report['clock'] / GB:.2f} GHz, without waiting "
-                     "for memory or other devices")
+                     f"for memory or other devices{_mfu(report, step)}")
     for signature, kernel in sorted(report["kernels"].items()):
         name, _, rest = signature.partition("(")
         shape = rest.partition("]")[0] + "]"
@@ -43,3 +45,11 @@ def table(report: Mapping[str, Any], step: Any = None) -> str:
                      f"{operation['cycles'] // operation['calls']:>10,}  {where:<24} {operation['shape'][:40]:<40} "
                      f"{operation['path'][-60:]}")
     return "\n".join(lines)
+
+
+def _mfu(report: Mapping[str, Any], step: Any) -> str:
+    """The share of the chips' peak that the model's FLOPs are in these seconds."""
+    there = topology(report["topology"])
+    if step is None or there.chip is None:
+        return ""
+    return f"; MFU {step.flops / (there.devices * there.chip.flops * report['seconds']):.1%}"

@@ -16,6 +16,7 @@ BENCHMARKS = {"concat": "conditions as channels against conditions as tokens: FL
               "rounding": "a full fine-tune at 1e-5 in bfloat16, rounded at random and to the nearest, against float32",
               "data": "the data path against Pillow's limit and a PyTorch DataLoader: pictures a second, memory",
               "gpu": "the 12B model on one GPU beside PyTorch: denoiser step, LoRA, QLoRA, fused full fine-tune",
+              "tpu": "what the TPU compiler says of the 12B programs, against an older commit: cycles, memory",
               "startup": "first and second start of an edit and of a training run: seconds, programs compiled",
               "plan": "the plan of the 12B training step against XLA's own figures on 8, 64 and 256 virtual devices"}
 

@@ -8,8 +8,10 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 from absl import flags
 
+from acejax import aot
 from acejax.aot import compiler
 from acejax.aot import table as report_table
 from acejax.cli.config import parse_config
@@ -32,6 +34,7 @@ from acejax.train.plan_remat import using
 from acejax.train.plan_run import whole
 
 CPU = {"JAX_PLATFORMS": "cpu"}
+REFUSED = 2  # exit code of the other process for a user's mistake
 OFF = 0.1  # the most that a plan may be off from what XLA says
 
 
@@ -40,11 +43,15 @@ def main(argv: Sequence[str]) -> int:
     parsed = parse_config("plan", argv, _define)
     if parsed is None:
         return 0
+    if jax.config.jax_platforms is None:
+        jax.config.update("jax_platforms", "cpu")  # nothing runs here, and who trains beside it needs the accelerator
     values, config = parsed
     if values["topology"].value is None:
         raise UserError("plan: --topology=NAME is missing: h100x8, v5e-256, v5p-128, cpu:64 ...")
     written.check_place(path := values["json"].value)
     there = topology(values["topology"].value)
+    if values["compile"].value and there.chip is not None:
+        compiler.check(there)
     run = TrainConfig.of(config)
     text = values["text"].value or config.get("encoders", {}).get("text_length", 512)
     data, why = _data(config)
@@ -63,8 +70,7 @@ def main(argv: Sequence[str]) -> int:
             good = _compare(found, made) and good
             report["compiled"] = dataclasses.asdict(made)
         else:
-            compiler.check()
-            report["compiled"] = _in_child(argv, found, compiler.ENVIRONMENT)
+            report["compiled"] = _in_child(argv, found, aot.ENVIRONMENT)
             print(report_table.table(report["compiled"], found.largest), flush=True)
             good = report["compiled"]["peak"] <= there.chip.limit and good
     if path:
@@ -128,9 +134,11 @@ def _in_child(argv: Sequence[str], found: Plan, environment: dict[str, str]) -> 
     step = [found.remat, found.largest.samples, found.largest.image, found.text]
     child = subprocess.run([sys.executable, "-m", "acejax.cli.plan", json.dumps(step), *argv],
                            env=os.environ | environment, stdout=subprocess.PIPE, text=True, check=False)
+    told = json.loads(child.stdout.splitlines()[-1]) if child.returncode in (0, REFUSED) else {}
     if child.returncode:
-        raise UserError(f"plan: the step did not compile (exit code {child.returncode}); the lines above tell why")
-    return json.loads(child.stdout.splitlines()[-1])
+        raise UserError("plan: " + told.get("error", f"the step did not compile (exit code {child.returncode}); the "
+                                                     "lines above tell why"))
+    return told
 
 
 def _virtual(devices: int) -> str:
@@ -138,7 +146,7 @@ def _virtual(devices: int) -> str:
 
 
 def _child(step: str, argv: Sequence[str]) -> None:
-    """The other process of `_in_child`: prints what it found as the last line."""
+    """The other process of `_in_child`: prints what it found as the last line, or the error."""
     values, config = parse_config("plan", argv, _define)
     there, (remat, *sizes) = topology(values["topology"].value), json.loads(step)
     run = using(TrainConfig.of(config), remat)
@@ -184,4 +192,5 @@ if __name__ == "__main__":
     try:
         _child(sys.argv[1], sys.argv[2:])
     except UserError as error:
-        sys.exit(f"acejax: {error}")
+        print(json.dumps({"error": str(error)}))
+        sys.exit(REFUSED)

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from acejax.aot import compiler
 from acejax.cli.main import main
 from tests.counts import count
 from tests.data import drawn
@@ -72,12 +73,21 @@ def test_the_demo_is_planned_by_its_batch_sizes(capsys):
     (["--topology=cpu:8", "--tokens=4096", "--samples=12"], "batch size 12 is not a multiple"),
     (["--topology=cpu:8", "--tokens=0"], "tokens"),
     (["--topology=cpu:5", "--tokens=64", "--config.mesh.tensor=5", "--config.mesh.fsdp=1"], "num_heads is 24"),
-    (["--topology=h100x8", "--tokens=4096", "--config.execution.attention=cudnn", "--compile"],
-     "virtual CPU devices, which have no attention by cudnn"),
+    (["--topology=h100x8", "--tokens=4096", "--compile"], "only TPUs can be compiled for without one, or cpu:N"),
+    (["--topology=cpu:8", "--tokens=4096", "--config.execution.attention=cudnn", "--compile"],
+     "plan: attention is 'cudnn': cudnn is a kernel for CUDA GPUs, here is a cpu"),
+    (["--topology=v6e-8", "--tokens=4096", "--config.execution.attention=splash"], "attention is 'splash'; known: "),
 ])
 def test_mistakes(flags, message, capsys):
     assert main([*ACE, *flags]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_without_libtpu_nothing_is_planned_first(capsys, monkeypatch):
+    monkeypatch.setattr(compiler.importlib.util, "find_spec", lambda name: None)
+    assert main([*ACE, "--topology=v6e-8", "--tokens=4096", "--compile"]) == 2
+    told = capsys.readouterr()
+    assert "needs libtpu, which is not installed here; `make aot`" in told.err and not told.out
 
 
 @pytest.mark.long

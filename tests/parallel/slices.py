@@ -6,8 +6,10 @@ where that has none, as each of its axes would need a part of the network's.
 
 import os
 
+from acejax import aot
+
 if __name__ == "__main__":
-    os.environ.update({"TPU_SKIP_MDS_QUERY": "1", "JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"})
+    os.environ.update(aot.ENVIRONMENT)  # before jax starts
 
 import jax
 import jax.numpy as jnp

@@ -6,7 +6,7 @@ import pytest
 
 from acejax import MMDiTConfig
 from acejax.parallel.chips import topology
-from acejax.train.config import ExecutionConfig, OptimizerConfig, TrainConfig
+from acejax.train.config import ExecutionConfig, LoraConfig, OptimizerConfig, TrainConfig
 from acejax.train.plan import plan
 
 RUN = TrainConfig(seed=0, steps=10, model=MMDiTConfig(), optimizer=OptimizerConfig(learning_rate=1e-5),
@@ -37,3 +37,11 @@ def test_memory_is_the_compiler_s_peak(name, mesh, samples, remat, peak, argumen
     assert held.total == pytest.approx(1e9 * peak, rel=0.03)
     assert held.arguments == pytest.approx(1e9 * arguments, rel=0.03)
     assert found.fits == (1e9 * peak <= topology(name).chip.limit)
+
+
+def test_what_the_compiler_refuses_does_not_fit():
+    """A LoRA of rank 64 on Fill in bfloat16, one v6e: "memory required (32.73G) exceeds available HBM (31.24G)"."""
+    run = dataclasses.replace(RUN, model=MMDiTConfig.flux_fill(), lora=LoraConfig(64))
+    found = plan(run, {4096: 1}, 512, topology("v6e-1").chip, 1)
+    assert not found.fits
+    assert found.largest.memory.total == pytest.approx(32.73 * 2**30, rel=0.03)

@@ -80,6 +80,9 @@ def main(argv: list[str]) -> int:
     if "--write" in argv:
         RECORD.write_text(json.dumps(now, indent=1, sort_keys=True) + "\n")
         return 0
+    if not RECORD.is_file():
+        print(f"{RECORD.name} is not there: python -m tests.aot.reduced --write")
+        return 1
     recorded = json.loads(RECORD.read_text())
     lines = differences(recorded, now)
     if lines and recorded["versions"] != now["versions"]:

@@ -165,7 +165,7 @@ def test_remat_changes_no_gradient(params, sample, gradients, remat):
 
 
 def test_constrain_sees_every_activation(params, sample):
-    """The hook for shardings is called on [B, S, D] and [B, S, heads * head_dim] of both stacks."""
+    """The hook for shardings is called on [B, S, D] and [B, S, heads * head_dim] of both stacks, and on vectors."""
     seen = set()
 
     def constrain(x, kind):
@@ -175,7 +175,8 @@ def test_constrain_sees_every_activation(params, sample):
     jax.eval_shape(lambda: loss(params, sample, acejax.Execution(constrain=constrain)))
     assert seen == {("hidden", (2, size, 64)) for size in (3, 6, 9)} | {  # text, image, both
         (kind, (2, size, 64)) for size in (3, 6, 9) for kind in ("heads", "tokens")} | {
-        ("modulation", (2, vectors, 64)) for vectors in (6, 3, 2)}  # double, single, final
+        ("modulation", (2, vectors, 64)) for vectors in (6, 3, 2)} | {  # double, single, final
+        ("row", (2, 64)), ("vector", (2, 64))}
 
 
 def test_eval_shape_and_init():

@@ -13,7 +13,7 @@ from flax.traverse_util import flatten_dict
 import acejax
 from acejax.adapt import lora as adapt
 from acejax.adapt.quantize import quantize
-from acejax.model.dense import Dense, add_bias
+from acejax.model.dense import Dense, _each, _together, add_bias
 from acejax.weights import keymaps, lora_pairs
 from acejax.weights.layout import IN, OUT, Joined, split
 from acejax.weights.lora_formats import bfl_targets
@@ -75,7 +75,7 @@ def test_without_lora_the_program_is_the_plain_one(monkeypatch):
             x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
             if self.parts:
                 kernel = kernel.reshape(*kernel.shape[:2], -1)
-                y = [x @ kernel[:, part] for part in range(kernel.shape[1])]
+                y = list(jax.lax.platform_dependent(x, kernel, tpu=_each, default=_together))
             else:
                 y = [jnp.tensordot(x, kernel, axes=1)]
             if self.use_bias:

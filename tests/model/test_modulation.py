@@ -67,4 +67,4 @@ def test_it_is_pinned():
     execution = acejax.Execution(constrain=lambda x, kind: kinds.append(kind) or x)
     make = functools.partial(modulation.modulations, CONFIG, execution=execution)
     jax.eval_shape(make, loras.params(), SIGMAS, np.zeros((2, CONFIG.vec_in_dim)), np.zeros(2))
-    assert kinds == ["modulation"] * 4
+    assert kinds == ["row"] * 6 + ["modulation"] * 4  # three embedders of two layers each, then the layers

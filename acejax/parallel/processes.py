@@ -133,6 +133,9 @@ def _initialize(how: Mapping[str, Any], patience: float, silence: float) -> None
     timer.daemon = True
     timer.start()
     try:
+        # A program of several CPU processes that comes from the compile cache waits for the others for ever (jax 0.10).
+        if "cpu" in (jax.config.jax_platforms or "cpu"):
+            jax.config.update("jax_enable_compilation_cache", False)
         jax.distributed.initialize(**how, initialization_timeout=int(patience) + 60,
                                    heartbeat_timeout_seconds=int(2 * silence + 6 * GRACE))  # after our own signs
     except (RuntimeError, ValueError, OSError) as error:

@@ -14,7 +14,7 @@ from acejax.parallel.mesh import abstract_mesh
 from acejax.train import lora
 from acejax.train.config import TrainConfig
 from acejax.train.plan_memory import Memory, attention_of, memory
-from acejax.train.plan_time import times
+from acejax.train.plan_time import efficiency_of, times
 
 USABLE = 0.95  # of a device's memory where its compiler names no limit; the runtime takes some
 GB, TERA = 1e9, 1e12
@@ -71,6 +71,8 @@ class Plan:
       mesh: size of each axis.
       backend: the compiler that is modelled: "cpu", "gpu" or "tpu".
       text: text tokens of a sample.
+      efficiency: share of the peak that products reach.
+      efficiency_from: where that is from (`acejax.train.plan_time`).
       steps: of each bucket, the largest first.
       advice: what would make it fit, or "".
     """
@@ -83,6 +85,7 @@ class Plan:
     remat: str
     text: int
     efficiency: float
+    efficiency_from: str
     steps: tuple[Step, ...]
     advice: str = ""
 
@@ -107,7 +110,8 @@ class Plan:
                  f"{step.samples} samples of {step.image}+{self.text} tokens",
                  f"{step.memory.total / GB:.2f}{there} GB a device"]
         if step.seconds is not None:
-            parts.append(f"{step.seconds:.2f} s a step at {self.efficiency:.0%}, MFU {step.mfu:.0%}")
+            parts.append(f"{step.seconds:.2f} s a step at {self.efficiency:.0%} of the peak "
+                         f"({self.efficiency_from}), MFU {step.mfu:.0%}")
         parts.append(f"{step.flops / TERA:.3g} TFLOP a step, {step.attention} attention, remat {self.remat}")
         return "; ".join(parts + ([] if self.fits else [f"does not fit: {self.advice}"]))
 
@@ -131,7 +135,7 @@ class Plan:
             lines += ["", "a step of each bucket:"]
         else:
             lines += ["", "a step of each bucket; seconds are estimates, with products at "
-                          f"{self.efficiency:.0%} of the peak",
+                          f"{self.efficiency:.0%} of the peak ({self.efficiency_from})",
                       "(step = compute + what of links and network is exposed, not hidden behind it):"]
         lines.append(f"{'image tokens':>12} {'samples':>7} {'TFLOP':>9} {'recomputed':>10} {'GB':>7} {'compute':>8} "
                      f"{'links':>7} {'network':>7} {'exposed':>7} {'step s':>7} {'tokens/s':>9} {'MFU':>5}")
@@ -156,7 +160,7 @@ class Plan:
 
 
 def estimate(run: TrainConfig, buckets: Mapping[int, int], text: int, chip: Chip | None, devices: int,
-             efficiency: float, slices: int = 1) -> Plan:
+             efficiency: float | None, slices: int = 1) -> Plan:
     """A run on so many devices, fitting or not; arguments and errors as `acejax.train.plan.plan`, without advice."""
     mesh = abstract_mesh(run.mesh, devices)
     run.check_devices(devices)
@@ -165,19 +169,21 @@ def estimate(run: TrainConfig, buckets: Mapping[int, int], text: int, chip: Chip
     rules.check_tokens(mesh, "text", text)
     backend = "cpu" if chip is None else chip.platform
     domain = devices // slices if chip is None or chip.torus else chip.domain
+    share, origin = efficiency_of(chip, efficiency)
     steps = []
     for image, samples in buckets.items():
         rules.check_batch(mesh, samples, run.optimizer.accumulate)
         rules.check_tokens(mesh, "image", image)
         step = _step(run, mesh, image, samples, text, backend)
         if chip is not None:
-            taken = times(run, mesh, samples, text + image, step.hardware_flops, chip, efficiency, domain)
+            taken = times(run, mesh, samples, text + image, step.hardware_flops, chip, share, domain)
             seconds = taken.compute + taken.exposed
             step = dataclasses.replace(step, **dataclasses.asdict(taken),
                                        mfu=step.flops / (devices * chip.flops * seconds))
         steps.append(step)
     steps.sort(key=lambda step: step.memory.total, reverse=True)
-    return Plan(chip, devices, slices, dict(mesh.shape), backend, run.execution.remat, text, efficiency, tuple(steps))
+    return Plan(chip, devices, slices, dict(mesh.shape), backend, run.execution.remat, text, share, origin,
+                tuple(steps))
 
 
 def check_slices(mesh: AbstractMesh, slices: int) -> None:

@@ -10,7 +10,8 @@ A step takes its products and what is exposed of its communication:
     seconds   compute + exposed
 
 Links inside a domain (NVLink, an ICI slice) and the network between domains carry what they carry one after the other.
-Nothing of this has been measured.
+The efficiency is what one gives, or the chip's (`acejax.parallel.chips`), which is read off the TPU compiler's cycles,
+or else assumed. Nothing of this has been measured.
 """
 
 import dataclasses
@@ -22,6 +23,18 @@ from acejax.parallel.chips import Chip
 from acejax.parallel.mesh import AXES, abstract_mesh
 from acejax.train.config import TrainConfig
 from acejax.train.plan_memory import state_bytes
+
+ASSUMED = 0.5  # share of the peak where nothing is known
+GIVEN, COMPILED, GUESSED = "as given", "by the TPU compiler's cycles", "assumed"
+
+
+def efficiency_of(chip: Chip | None, given: float | None = None) -> tuple[float, str]:
+    """Share of the peak that products reach, and where it is from: `GIVEN`, `COMPILED` or `GUESSED`."""
+    if given is not None:
+        return given, GIVEN
+    if chip is None or chip.efficiency is None:
+        return ASSUMED, GUESSED
+    return chip.efficiency, COMPILED
 
 
 @dataclasses.dataclass(frozen=True)

@@ -270,9 +270,7 @@ def _stack(block, config: MMDiTConfig, execution: Execution, length: int):
     one body each, which spares the loop's copies of all that the backward pass needs."""
     unroll = length if length <= FEW and execution.remat == remat.NONE else 1  # remat counts on the loop
     if execution.remat != remat.NONE:
-        saved = remat.names(execution.remat)
-        policy = jax.checkpoint_policies.save_only_these_names(*saved) if saved else None
-        block = nn.remat(block, policy=policy, prevent_cse=False)  # False: inside a scan
+        block = nn.remat(block, policy=remat.policy(execution.remat), prevent_cse=False)  # False: inside a scan
     in_axes = (0, nn.broadcast, nn.broadcast, nn.broadcast)  # a modulation that is given is each layer's own
     stack = nn.scan(block, length=length, in_axes=in_axes, variable_axes={"params": 0, "lora": 0, "quant": 0},
                     split_rngs={"params": True}, unroll=unroll)

@@ -58,8 +58,8 @@ def test_what_is_saved_on_a_host_needs_its_memory(kinds, refused):
     kernels.check_host("attention,out", TPU)  # nothing is asked
     if not refused:
         return kernels.check_host("attention:host", where)
-    with pytest.raises(UserError, match=r"config.execution.remat is 'out:host': a tpu can't copy into its host's memory "
-                                        r"by itself \(of the kinds device, unpinned_host none is pinned_host\)"):
+    with pytest.raises(UserError, match=r"config.execution.remat is 'out:host': a tpu can't copy into its host's "
+                                        r"memory by itself \(of the kinds device, unpinned_host none is pinned_host\)"):
         kernels.check_host("out:host", where, "config.execution.")
 
 

@@ -1,4 +1,4 @@
-"""What is saved in the host's memory, in a plan: off the device, on the machine, with seconds where the bus is known."""
+"""What is saved in the host's memory, in a plan: off the device, on the machine, seconds where the bus is known."""
 
 import dataclasses
 

@@ -9,9 +9,7 @@ set in `acejax.model.mmdit`, `acejax.model.joint` and `acejax.model.tpu.attentio
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
-
-import jax
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from acejax.model.config import MMDiTConfig
@@ -103,17 +101,6 @@ def setting(saved: Iterable[str], host: Iterable[str] = ()) -> str:
     saved, host = set(saved), set(host)
     chosen = (name if name in saved else name + HOST for name in TABLE if name in saved | host)
     return ",".join(chosen) or FULL
-
-
-def policy(remat: str) -> Any:
-    """What `jax.checkpoint` is told of a setting that is not "none"; None saves inputs alone."""
-    found = places(remat)
-    host = [name for name, there in found.items() if there]
-    if host:
-        return jax.checkpoint_policies.save_and_offload_only_these_names(
-            names_which_can_be_saved=[name for name in found if name not in host], names_which_can_be_offloaded=host,
-            offload_src="device", offload_dst=PINNED)
-    return jax.checkpoint_policies.save_only_these_names(*found) if found else None
 
 
 def settings() -> tuple[str, ...]:

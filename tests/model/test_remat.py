@@ -89,7 +89,7 @@ def test_what_is_named_so_lies_in_the_host_s_memory(setting):
     shapes = jax.eval_shape(acejax.init, CONFIG, jax.random.key(0)), example(CONFIG, BATCH, IMAGE, TEXT)
     traced = jax.make_jaxpr(jax.grad(functools.partial(loss, setting)))(*shapes).jaxpr
     of = [equation.outvars for equation in traced.eqns if equation.primitive.name == "scan"]
-    there = sum(var.aval.size for each in of for var in each if "host" in str(getattr(var.aval, "memory_space", "")))
+    there = sum(var.aval.size for each in of for var in each if "Host" in str(getattr(var.aval, "memory_space", "")))
     pairs = remat.values(CONFIG, setting, host=True).values()
     counted = sum(CONFIG.depth * double + CONFIG.depth_single_blocks * single for double, single in pairs)
     assert there == BATCH * (IMAGE + TEXT) * counted > 0

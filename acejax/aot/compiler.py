@@ -50,6 +50,7 @@ class Report:
       collectives: bytes by kind.
       zero_gathers: bytes of all-reduces that stand for a gather.
       top: the costliest operations.
+      host: bytes of the host's memory that it uses beside arguments.
     """
 
     topology: str
@@ -67,6 +68,7 @@ class Report:
     collectives: Mapping[str, float]
     zero_gathers: float
     top: tuple[hlo.Operation, ...]
+    host: int = 0
 
     @property
     def kernel_cycles(self) -> float:
@@ -143,7 +145,7 @@ def report(compiled: jax.stages.Compiled, topology: Topology, options: Mapping[s
         arguments=memory.argument_size_in_bytes, temporaries=memory.temp_size_in_bytes, cycles=program.cycles,
         kernels={name: Kernel(calls, cycles.get(name, 0)) for name, calls in program.kernels.items()},
         cores=chip.cores, clock=chip.clock, collectives=program.collectives, zero_gathers=program.zeros,
-        top=program.operations[:TOP])
+        top=program.operations[:TOP], host=memory.host_temp_size_in_bytes)
 
 
 def explain(error: str, chip: Chip | None) -> str:

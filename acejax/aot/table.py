@@ -24,6 +24,8 @@ def table(report: Mapping[str, Any], step: Any = None) -> str:
         off = step.memory.total / report["peak"] - 1
         planned = f"; the plan says {step.memory.total / GB:.2f} ({off:+.1%})"
     lines.append(f"  peak memory      {report['peak'] / GB:9.2f} GB{limit}{planned}")
+    if report.get("host"):
+        lines.append(f"  of the host      {report['host'] / GB:9.2f} GB for each device")
     lines.append(f"  cycles           {report['total'] / MILLION:9.1f} million: {report['cycles'] / MILLION:.1f} "
                  f"outside kernels, {report['kernel_cycles'] / MILLION:.1f} in them")
     if report["seconds"]:

@@ -32,6 +32,7 @@ from acejax.train.plan_compile import FLAGS, Compiled, compile_for, compile_step
 from acejax.train.plan_data import Samples
 from acejax.train.plan_remat import using
 from acejax.train.plan_run import whole
+from acejax.train.plan_time import ASSUMED
 
 CPU = {"JAX_PLATFORMS": "cpu"}
 REFUSED = 2  # exit code of the other process for a user's mistake
@@ -175,7 +176,8 @@ def _define(values: flags.FlagValues) -> None:
                         f"{', '.join(CHIPS)}.", flag_values=values)
     flags.DEFINE_float("price", None, "Of a chip-hour, in any currency: the run's price is told.", lower_bound=0.0,
                        flag_values=values)
-    flags.DEFINE_float("efficiency", 0.5, "Share of the chip's peak that matrix products reach.", flag_values=values)
+    flags.DEFINE_float("efficiency", None, "Share of the chip's peak that matrix products reach; by default as the TPU "
+                       f"compiler's cycles say of the chip, or {ASSUMED}, which is assumed.", flag_values=values)
     flags.DEFINE_integer("tokens", None, "Image tokens of a sample; by default as the config has it.", lower_bound=1,
                          flag_values=values)
     flags.DEFINE_integer("samples", None, "Samples of a batch of --tokens, over all devices; by default one a device.",

@@ -217,7 +217,8 @@ class Execution:
         on the host's device; `for_platform` names the fast kernel of a GPU or TPU, as training and editing do by
         themselves (`acejax.model.attention.resolve`).
       remat: what the backward pass recomputes: "none" (keep all), "full" (keep block inputs), or all but block inputs
-        and the activations named, with commas: "attention", "attention,out" (`acejax.model.remat.TABLE`).
+        and the activations named, with commas: "attention", "attention,out" (`acejax.model.remat.TABLE`); with ":host"
+        behind a name it is kept in the host's memory ("attention,out:host").
       chip: what the program is for, as `acejax.parallel.chips` names it; kernels are cut for it. "" is any.
       constrain: `f(x, kind)` pins an activation's sharding. The kinds: "hidden" [B, S, D], a stream and what is added
         to it; "row" [B, D], of each sample; "vector" [B, D], what modulation is made of, and "modulation"
@@ -246,7 +247,8 @@ class Execution:
             remat.names(self.remat)
         except ValueError as error:
             raise ValueError(f"Execution.remat is {self.remat!r}; known: {remat.NONE}, {remat.FULL}, or with commas "
-                             f"some of {', '.join(remat.TABLE)}") from error
+                             f"some of {', '.join(remat.TABLE)}, each also with {remat.HOST!r} behind it: in the "
+                             "host's memory") from error
 
     @classmethod
     def for_platform(cls, platform: str, **changes: Any) -> "Execution":

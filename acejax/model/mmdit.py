@@ -270,13 +270,22 @@ def _stack(block, config: MMDiTConfig, execution: Execution, length: int):
     one body each, which spares the loop's copies of all that the backward pass needs."""
     unroll = length if length <= FEW and execution.remat == remat.NONE else 1  # remat counts on the loop
     if execution.remat != remat.NONE:
-        saved = remat.names(execution.remat)
-        policy = jax.checkpoint_policies.save_only_these_names(*saved) if saved else None
-        block = nn.remat(block, policy=policy, prevent_cse=False)  # False: inside a scan
+        block = nn.remat(block, policy=_policy(execution.remat), prevent_cse=False)  # False: inside a scan
     in_axes = (0, nn.broadcast, nn.broadcast, nn.broadcast)  # a modulation that is given is each layer's own
     stack = nn.scan(block, length=length, in_axes=in_axes, variable_axes={"params": 0, "lora": 0, "quant": 0},
                     split_rngs={"params": True}, unroll=unroll)
     return stack(config, execution)
+
+
+def _policy(setting: str) -> Any:
+    """What `jax.checkpoint` is told of a setting that is not "none"; None saves inputs alone."""
+    found = remat.places(setting)
+    host = [name for name, there in found.items() if there]
+    if host:
+        return jax.checkpoint_policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[name for name in found if name not in host], names_which_can_be_offloaded=host,
+            offload_src="device", offload_dst=remat.PINNED)
+    return jax.checkpoint_policies.save_only_these_names(*found) if found else None
 
 
 def example(config: MMDiTConfig, batch: int = 1, image: int = 4, text: int = 1, dtype: Any = jnp.float32) -> Tokens:

@@ -1,8 +1,9 @@
 """What the backward pass finds saved and what it recomputes: one table of the activations that have a name.
 
 A block always saves its input. `Execution.remat` says what else: "full" nothing, "none" everything that differentiation
-asks for, or names of `TABLE` with commas between ("attention,mlp"). The names are set in `acejax.model.mmdit`,
-`acejax.model.joint` and `acejax.model.tpu.attention`.
+asks for, or names of `TABLE` with commas between ("attention,mlp"). A name with ":host" behind it is saved in the
+host's memory ("attention,mlp:host"): it travels there in the forward pass and back in the backward pass. The names are
+set in `acejax.model.mmdit`, `acejax.model.joint` and `acejax.model.tpu.attention`.
 """
 
 import dataclasses
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from acejax.model.config import MMDiTConfig
 
 FULL, NONE = "full", "none"
+HOST, PINNED = ":host", "pinned_host"  # behind a name; jax's name of the memory that devices copy from by themselves
 ATTENTION, QKV, MLP, PROJ, OUT = "attention", "qkv", "mlp", "proj", "out"
 Pair = tuple[float, float]  # of a double block and of a single block
 
@@ -65,28 +67,44 @@ TABLE = {
 EVERYTHING = {False: (16, 9), True: (38, 37)}
 
 
-def names(remat: str) -> tuple[str, ...]:
-    """The named activations that a setting saves, in the table's order; of "none" every one.
+def places(remat: str) -> dict[str, bool]:
+    """The named activations that a setting saves, in the table's order, with whether in the host's memory; of "none"
+    every one, on the device.
 
     Raises:
-      ValueError: it is none.
+      ValueError: it is none, or a name is there twice.
     """
     if remat == NONE:
-        return tuple(TABLE)
-    found = [] if remat == FULL else [name.strip() for name in remat.split(",")]
-    if unknown := [name for name in found if name not in TABLE]:
-        raise ValueError(f"{unknown[0]!r} is none of {', '.join(TABLE)}")
-    return tuple(name for name in TABLE if name in found)
+        return dict.fromkeys(TABLE, False)
+    found: dict[str, bool] = {}
+    for part in [] if remat == FULL else remat.split(","):
+        name = part.strip().removesuffix(HOST)
+        if name not in TABLE:
+            raise ValueError(f"{part.strip()!r} is none of {', '.join(TABLE)}, nor one of them with {HOST!r}")
+        if found.setdefault(name, part.strip().endswith(HOST)) != part.strip().endswith(HOST):
+            raise ValueError(f"{name!r} is there with and without {HOST!r}")
+    return {name: found[name] for name in TABLE if name in found}
 
 
-def setting(saved: Iterable[str]) -> str:
-    """The setting that saves these and no others."""
-    saved = set(saved)
-    return ",".join(name for name in TABLE if name in saved) or FULL
+def names(remat: str) -> tuple[str, ...]:
+    """The named activations that a setting saves, wherever; errors as of `places`."""
+    return tuple(places(remat))
+
+
+def on_host(remat: str) -> tuple[str, ...]:
+    """Those of them that it saves in the host's memory."""
+    return tuple(name for name, host in places(remat).items() if host)
+
+
+def setting(saved: Iterable[str], host: Iterable[str] = ()) -> str:
+    """The setting that saves these on the device, those in the host's memory, and no others."""
+    saved, host = set(saved), set(host)
+    chosen = (name if name in saved else name + HOST for name in TABLE if name in saved | host)
+    return ",".join(chosen) or FULL
 
 
 def settings() -> tuple[str, ...]:
-    """Each set of names, from "full" to all of them.
+    """Each set of names, from "full" to all of them, on the device.
 
     Not "none": all names leave no product of a block but modulation's to be done again, with a fifth of its memory.
     """
@@ -94,12 +112,13 @@ def settings() -> tuple[str, ...]:
     return tuple(map(setting, sets))
 
 
-def values(config: "MMDiTConfig", remat: str) -> dict[bool, Pair]:
-    """Values of a token that a double and a single block save beside their input, by `Activation.split`."""
-    if remat == NONE:  # with the input
+def values(config: "MMDiTConfig", remat: str, host: bool = False) -> dict[bool, Pair]:
+    """Values of a token that a double and a single block save beside their input, by `Activation.split`: on the device,
+    or in the host's memory."""
+    if remat == NONE and not host:  # with the input
         return {split: tuple(config.hidden_size * (count - (not split)) for count in pair)
                 for split, pair in EVERYTHING.items()}
-    saved = [TABLE[name] for name in names(remat)]
+    saved = [TABLE[name] for name, there in places(remat).items() if there is host]
     return {split: _total(one.values(config) for one in saved if one.split is split) for split in (False, True)}
 
 

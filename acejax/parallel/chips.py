@@ -12,6 +12,9 @@ Where the figures are from:
 * `clock`: the peak over the FLOPs that the MXUs make in a cycle: v5e 2^17, v5p 2^18 (of two cores), v6e and a device
   of v7x 2^19. For v7x this gives 2.2 GHz, and times of the same attention kernel agree: of equally many cycles, v7x
   takes 0.77 of v6e's time (tokamax's tuning tables, 1.550 and 2.014 ms).
+* `efficiency`: FLOPs of the full fine-tune step of 12B, with what is recomputed (305 TFLOP a device), over the peak in
+  the seconds of the TPU compiler's cycles (docs/chips.md; tests/train/test_plan_seconds.py): 1.197 G of v6e-8, 1.56 G
+  of v5p-128, 3.00 G of v5e-256. The compiler counts no waiting for memory, and no chip has run it.
 * `link`, the least certain number: what one device can send to its neighbours in one direction. TPU: half of what the
   first "system architecture" pages called the interconnect of a chip (v4 2,400, v5e 1,600, v5p 4,800, v6e 3,584
   Gbit/s; newer pages count twice as much: "bidirectional", with v7x's chip as v5p's). A torus whose axes all carry a
@@ -22,6 +25,10 @@ Where the figures are from:
   GB200 400, B300 800 Gbit/s; AMD's platforms 400); a rented machine may have less. L40S and RTX 4090: an eighth of a
   host's 400 and 25 Gbit/s. Of a TPU: "data center network bandwidth" of a chip on the pages above (v5e 25, v4 and v5p
   50, v6e and v7x 100 Gbit/s).
+* `host_link`: what a device can send to its host, or get from it, by the bus: half of what data sheets call the
+  bandwidth of PCIe, which counts both directions (Gen 4 x16 64 GB/s: A100, L40S, RTX 4090; Gen 5 x16 128 GB/s: H100,
+  H200, B200, MI300X, MI325X, MI355X). TPU v4: 16 GB/s each way ("How to Scale Your Model", chapter "How to Think About
+  TPUs"). None where nothing is published, or it is another kind of link (GB200, B300, newer TPUs).
 * `host`: a machine's devices and memory, as the clouds' most common types have them.
 """
 
@@ -66,7 +73,9 @@ class Chip:
       devices: jax devices of a chip.
       torus: axes of a slice's torus, 0 where there is none.
       clock: Hz of the cycles that the TPU compiler counts; None for GPUs.
+      efficiency: share of the peak that products reach by the TPU compiler's cycles; None where none were counted.
       limit: bytes that the TPU compiler takes for a program; None where it is not known.
+      host_link: bytes/s to the host's memory, one direction; None where it is not known.
       host: devices and bytes of memory of one machine.
     """
 
@@ -82,34 +91,42 @@ class Chip:
     devices: int = 1
     torus: int = 0
     clock: float | None = None
+    efficiency: float | None = None
     limit: float | None = None
+    host_link: float | None = None
     host: tuple[int, float] = (8, 2000e9)
 
 
 def _tpu(name: str, kind: str, gib: float, flops: float, link: float, network: float, domain: int, torus: int,
-         host: tuple[int, float], clock: float | None = None, **more: int) -> Chip:
+         host: tuple[int, float], clock: float | None = None, efficiency: float | None = None, **more: float) -> Chip:
     limit = None if clock is None else gib * GIB
     return Chip(name, kind, gib * GIB, flops, link, network * GBIT, domain, "tpu", torus=torus, host=host, clock=clock,
-                limit=limit, **more)
+                efficiency=efficiency, limit=limit, **more)
 
 
 CHIPS = {chip.name: chip for chip in (
-    Chip("h100", r"NVIDIA H100 80GB HBM3", 79.1 * GIB, 989e12, 370e9, 400 * GBIT, 8),  # SXM; PCIe and NVL are slower
-    Chip("h200", r"NVIDIA H200", 139.7 * GIB, 989e12, 370e9, 400 * GBIT, 8),
-    Chip("a100-80", r"NVIDIA A100-SXM4-80GB", 79.15 * GIB, 312e12, 245e9, 200 * GBIT, 8),
-    Chip("a100-40", r"NVIDIA A100-SXM4-40GB", 39.4 * GIB, 312e12, 245e9, 200 * GBIT, 8, host=(8, 1000e9)),
-    Chip("b200", r"NVIDIA B200", 178.35 * GIB, 2250e12, 740e9, 400 * GBIT, 8),
+    Chip("h100", r"NVIDIA H100 80GB HBM3", 79.1 * GIB, 989e12, 370e9, 400 * GBIT, 8,
+         host_link=64e9),  # SXM; PCIe and NVL are slower
+    Chip("h200", r"NVIDIA H200", 139.7 * GIB, 989e12, 370e9, 400 * GBIT, 8, host_link=64e9),
+    Chip("a100-80", r"NVIDIA A100-SXM4-80GB", 79.15 * GIB, 312e12, 245e9, 200 * GBIT, 8, host_link=32e9),
+    Chip("a100-40", r"NVIDIA A100-SXM4-40GB", 39.4 * GIB, 312e12, 245e9, 200 * GBIT, 8, host=(8, 1000e9),
+         host_link=32e9),
+    Chip("b200", r"NVIDIA B200", 178.35 * GIB, 2250e12, 740e9, 400 * GBIT, 8, host_link=64e9),
     Chip("gb200", r"NVIDIA GB200", 184.3 * GIB, 2500e12, 740e9, 400 * GBIT, 72, host=(4, 900e9)),
     Chip("b300", r"NVIDIA B300( SXM6 AC)?", 267.7 * GIB, 2250e12, 740e9, 800 * GBIT, 8),
-    Chip("mi300x", r"AMD Instinct MI300X( VF)?", 191.7 * GIB, 1307.4e12, 368e9, 400 * GBIT, 8, platform="rocm"),
-    Chip("mi325x", r"AMD Instinct MI325X( VF)?", 255.7 * GIB, 1307.4e12, 368e9, 400 * GBIT, 8, platform="rocm"),
-    Chip("mi355x", r"AMD Instinct MI355X( VF)?", 287.7 * GIB, 2516.6e12, 442e9, 400 * GBIT, 8, platform="rocm"),
-    Chip("l40s", r"NVIDIA L40S", 44.4 * GIB, 362e12, 26e9, 50 * GBIT, 8, host=(8, 1000e9)),
-    Chip("rtx4090", r"NVIDIA GeForce RTX 4090", 23.6 * GIB, 165e12, 26e9, 3.1 * GBIT, 8, host=(8, 500e9)),
-    _tpu("v4", r"TPU v4", 30.75, 275e12, 150e9, 50, 4096, 3, (4, 400e9), cores=2),
-    _tpu("v5e", r"TPU v5 ?(lite|e)", 15.75, 197e12, 100e9, 25, 256, 2, (4, 190e9), 1.5e9),
-    _tpu("v5p", r"TPU v5p?", 95.73, 459e12, 300e9, 50, 6144, 3, (4, 448e9), 1.75e9, cores=2),
-    _tpu("v6e", r"TPU v6 ?(lite|e)", 31.24, 918e12, 224e9, 100, 256, 2, (4, 720e9), 1.75e9),
+    Chip("mi300x", r"AMD Instinct MI300X( VF)?", 191.7 * GIB, 1307.4e12, 368e9, 400 * GBIT, 8, platform="rocm",
+         host_link=64e9),
+    Chip("mi325x", r"AMD Instinct MI325X( VF)?", 255.7 * GIB, 1307.4e12, 368e9, 400 * GBIT, 8, platform="rocm",
+         host_link=64e9),
+    Chip("mi355x", r"AMD Instinct MI355X( VF)?", 287.7 * GIB, 2516.6e12, 442e9, 400 * GBIT, 8, platform="rocm",
+         host_link=64e9),
+    Chip("l40s", r"NVIDIA L40S", 44.4 * GIB, 362e12, 26e9, 50 * GBIT, 8, host=(8, 1000e9), host_link=32e9),
+    Chip("rtx4090", r"NVIDIA GeForce RTX 4090", 23.6 * GIB, 165e12, 26e9, 3.1 * GBIT, 8, host=(8, 500e9),
+         host_link=32e9),
+    _tpu("v4", r"TPU v4", 30.75, 275e12, 150e9, 50, 4096, 3, (4, 400e9), cores=2, host_link=16e9),
+    _tpu("v5e", r"TPU v5 ?(lite|e)", 15.75, 197e12, 100e9, 25, 256, 2, (4, 190e9), 1.5e9, 0.77),
+    _tpu("v5p", r"TPU v5p?", 95.73, 459e12, 300e9, 50, 6144, 3, (4, 448e9), 1.75e9, 0.75, cores=2),
+    _tpu("v6e", r"TPU v6 ?(lite|e)", 31.24, 918e12, 224e9, 100, 256, 2, (4, 720e9), 1.75e9, 0.49),
     _tpu("v7x", r"TPU7x", 94.74, 1153.5e12, 150e9, 50, 18432, 3, (8, 960e9), 2.2e9, devices=2),
 )}
 

@@ -9,7 +9,7 @@ import jax
 from jax.sharding import Mesh
 
 from acejax.errors import UserError
-from acejax.model import attention
+from acejax.model import attention, remat
 from acejax.model.config import Execution, MMDiTConfig
 from acejax.parallel import rules
 from acejax.parallel.chips import chip_of
@@ -31,13 +31,14 @@ def on_devices(execution: Execution, config: MMDiTConfig, mesh: Mesh | None = No
     """An `Execution` for a mesh, or for the device where arrays go by default: its attention, and a mesh's hooks.
 
     Raises:
-      UserError: as `choose`.
+      UserError: as `choose` and `check_host`.
     """
     device = device_of(mesh)
     chip = chip_of(device)
     execution = dataclasses.replace(
         execution, chip=chip.name if chip else "",
         attention=choose(execution.attention, device, execution.dtype, config.head_dim))
+    check_host(execution.remat, device)
     if mesh is None:
         return execution
     return dataclasses.replace(execution, constrain=rules.constrain(mesh), gather=rules.gather(mesh),
@@ -62,6 +63,18 @@ def choose(name: str, device: jax.Device, dtype: Any, head_dim: int = 128, where
         instead = "" if blamed == "dtype" else f"; expected auto, which takes {_auto(platform, dtype, head_dim)} there"
         raise UserError(f"{where}{blamed} is {value!r}: {why}{instead}")
     return chosen
+
+
+def check_host(setting: str, device: jax.Device, where: str = "") -> None:
+    """Raises UserError where a setting of `acejax.model.remat` keeps something in a memory that the device does not
+    have; `where` as of `choose`."""
+    if not remat.on_host(setting):
+        return
+    kinds = [memory.kind for memory in device.addressable_memories()]
+    if remat.PINNED not in kinds:
+        raise UserError(f"{where}remat is {setting!r}: a {platform_of(device)} can't copy into its host's memory by "
+                        f"itself (of the kinds {', '.join(kinds) or 'none'} none is {remat.PINNED}); expected names "
+                        f"without {remat.HOST!r}")
 
 
 def warn_slow(name: str, device: jax.Device, tokens: int, dtype: Any, head_dim: int = 128, where: str = "") -> None:

@@ -57,6 +57,8 @@ def check(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> tuple[T
     run.check_devices(mesh.size)
     kernels.choose(run.execution.attention, kernels.device_of(mesh), run.execution.dtype, run.model.head_dim,
                    "config.execution.")
+    if run.execution.remat != AUTO:
+        kernels.check_host(run.execution.remat, kernels.device_of(mesh), "config.execution.")
     rules.check_heads(mesh, run.model.num_heads)
     for _, size in config.get("data", {}).get("batch_sizes", ()):
         rules.check_batch(mesh, size, run.optimizer.accumulate)

@@ -19,7 +19,7 @@ __all__ = ["GB", "ONE_CARD", "Plan", "Step", "plan", "remedy", "settled"]
 
 
 def plan(run: TrainConfig, buckets: Mapping[int, int], text: int, chip: Chip | None, devices: int,
-         efficiency: float = 0.5, slices: int = 1) -> Plan:
+         efficiency: float | None = None, slices: int = 1) -> Plan:
     """Plan a run on so many devices.
 
     Args:
@@ -28,7 +28,7 @@ def plan(run: TrainConfig, buckets: Mapping[int, int], text: int, chip: Chip | N
       text: text tokens of a sample.
       chip: what the devices are; None for a CPU, of which XLA's own layout is told.
       devices: how many, of all slices.
-      efficiency: share of the peak that the products reach.
+      efficiency: share of the peak that the products reach; None is the chip's (`plan_time.efficiency_of`).
       slices: of a TPU; the slow network between them carries the mesh's `data` axis alone.
 
     Raises:
@@ -36,7 +36,7 @@ def plan(run: TrainConfig, buckets: Mapping[int, int], text: int, chip: Chip | N
         slices, or an efficiency that is none.
     """
     run = settled(run, buckets, text, chip, devices, slices)
-    if not 0 < efficiency <= 1:
+    if efficiency is not None and not 0 < efficiency <= 1:
         raise UserError(f"efficiency is {efficiency}; expected a share of the peak, above 0 up to 1")
     found = estimate(run, buckets, text, chip, devices, efficiency, slices)
     return found if found.fits else dataclasses.replace(found, advice=advice(run, found, buckets))

@@ -13,8 +13,8 @@ from acejax.parallel.chips import Chip
 from acejax.parallel.mesh import abstract_mesh
 from acejax.train import lora
 from acejax.train.config import TrainConfig
-from acejax.train.plan_memory import Memory, attention_of, memory
-from acejax.train.plan_time import times
+from acejax.train.plan_memory import Memory, attention_of, memory, offloaded
+from acejax.train.plan_time import efficiency_of, times
 
 USABLE = 0.95  # of a device's memory where its compiler names no limit; the runtime takes some
 GB, TERA = 1e9, 1e12
@@ -32,8 +32,9 @@ class Step:
       flops: of the model, over all devices: what MFU counts.
       hardware_flops: with what remat and attention's backward pass recompute.
       memory: of one device.
-      compute, links, network, exposed: seconds at the plan's efficiency (`acejax.train.plan_time`), None without a
-        chip.
+      offloaded: bytes of the host's memory that one device fills.
+      compute, links, network, reading, exposed: seconds at the plan's efficiency (`acejax.train.plan_time`), None
+        without a chip.
       mfu: model FLOPs by the chip's peak in the step's time.
     """
 
@@ -44,9 +45,11 @@ class Step:
     flops: float
     hardware_flops: float
     memory: Memory
+    offloaded: float = 0.0
     compute: float | None = None
     links: float | None = None
     network: float | None = None
+    reading: float | None = None
     exposed: float | None = None
     mfu: float | None = None
 
@@ -71,6 +74,8 @@ class Plan:
       mesh: size of each axis.
       backend: the compiler that is modelled: "cpu", "gpu" or "tpu".
       text: text tokens of a sample.
+      efficiency: share of the peak that products reach.
+      efficiency_from: where that is from (`acejax.train.plan_time`).
       steps: of each bucket, the largest first.
       advice: what would make it fit, or "".
     """
@@ -83,6 +88,7 @@ class Plan:
     remat: str
     text: int
     efficiency: float
+    efficiency_from: str
     steps: tuple[Step, ...]
     advice: str = ""
 
@@ -107,7 +113,8 @@ class Plan:
                  f"{step.samples} samples of {step.image}+{self.text} tokens",
                  f"{step.memory.total / GB:.2f}{there} GB a device"]
         if step.seconds is not None:
-            parts.append(f"{step.seconds:.2f} s a step at {self.efficiency:.0%}, MFU {step.mfu:.0%}")
+            parts.append(f"{step.seconds:.2f} s a step at {self.efficiency:.0%} of the peak "
+                         f"({self.efficiency_from}), MFU {step.mfu:.0%}")
         parts.append(f"{step.flops / TERA:.3g} TFLOP a step, {step.attention} attention, remat {self.remat}")
         return "; ".join(parts + ([] if self.fits else [f"does not fit: {self.advice}"]))
 
@@ -127,16 +134,26 @@ class Plan:
         room = "" if self.capacity is None else f"; {self.capacity / GB:.2f} can be used"
         lines.append(f"  {'in all':<14}{held.total / GB:9.3f}  ({held.arguments / GB:.3f} given to the step, "
                      f"{held.temporaries / GB:.3f} beside it{room})")
+        lines += [self._offloaded()] if self.largest.offloaded else []
         if self.chip is None:
             lines += ["", "a step of each bucket:"]
         else:
             lines += ["", "a step of each bucket; seconds are estimates, with products at "
-                          f"{self.efficiency:.0%} of the peak",
+                          f"{self.efficiency:.0%} of the peak ({self.efficiency_from})",
                       "(step = compute + what of links and network is exposed, not hidden behind it):"]
         lines.append(f"{'image tokens':>12} {'samples':>7} {'TFLOP':>9} {'recomputed':>10} {'GB':>7} {'compute':>8} "
                      f"{'links':>7} {'network':>7} {'exposed':>7} {'step s':>7} {'tokens/s':>9} {'MFU':>5}")
         lines += [self._row(step) for step in self.steps]
         return "\n".join(lines)
+
+    def _offloaded(self) -> str:
+        step = self.largest
+        line = f"  in the host's memory {step.offloaded / GB:.3f} for each device"
+        if self.chip is None:
+            return line
+        if not self.chip.host_link:
+            return line + "; how fast it comes back is not known of this chip, and no seconds are counted for it"
+        return line + f"; {step.reading:.3f} s for it to come back, which are counted as exposed"
 
     def _row(self, step: Step) -> str:
         told = (f"{step.image:12} {step.samples:7} {step.flops / TERA:9.1f} {step.recomputed:10.1%} "
@@ -156,7 +173,7 @@ class Plan:
 
 
 def estimate(run: TrainConfig, buckets: Mapping[int, int], text: int, chip: Chip | None, devices: int,
-             efficiency: float, slices: int = 1) -> Plan:
+             efficiency: float | None, slices: int = 1) -> Plan:
     """A run on so many devices, fitting or not; arguments and errors as `acejax.train.plan.plan`, without advice."""
     mesh = abstract_mesh(run.mesh, devices)
     run.check_devices(devices)
@@ -165,19 +182,22 @@ def estimate(run: TrainConfig, buckets: Mapping[int, int], text: int, chip: Chip
     rules.check_tokens(mesh, "text", text)
     backend = "cpu" if chip is None else chip.platform
     domain = devices // slices if chip is None or chip.torus else chip.domain
+    share, origin = efficiency_of(chip, efficiency)
     steps = []
     for image, samples in buckets.items():
         rules.check_batch(mesh, samples, run.optimizer.accumulate)
         rules.check_tokens(mesh, "image", image)
         step = _step(run, mesh, image, samples, text, backend)
         if chip is not None:
-            taken = times(run, mesh, samples, text + image, step.hardware_flops, chip, efficiency, domain)
+            taken = times(run, mesh, samples, text + image, step.hardware_flops, chip, share, domain,
+                          step.offloaded)
             seconds = taken.compute + taken.exposed
             step = dataclasses.replace(step, **dataclasses.asdict(taken),
                                        mfu=step.flops / (devices * chip.flops * seconds))
         steps.append(step)
     steps.sort(key=lambda step: step.memory.total, reverse=True)
-    return Plan(chip, devices, slices, dict(mesh.shape), backend, run.execution.remat, text, efficiency, tuple(steps))
+    return Plan(chip, devices, slices, dict(mesh.shape), backend, run.execution.remat, text, share, origin,
+                tuple(steps))
 
 
 def check_slices(mesh: AbstractMesh, slices: int) -> None:
@@ -199,7 +219,7 @@ def _step(run: TrainConfig, mesh: AbstractMesh, image: int, samples: int, text: 
     added = flops.low_rank(pairs, text, image, samples) if pairs and run.execution.remat != remat.NONE else 0
     hardware = model + added + _recomputed(run, once, samples, text + image, backend)
     return Step(image, samples, samples * (text + image), attention_of(run, text + image, backend), model,
-                hardware, memory(run, mesh, samples, image, text, backend))
+                hardware, memory(run, mesh, samples, image, text, backend), offloaded(run, mesh, samples, text + image))
 
 
 def _recomputed(run: TrainConfig, once: flops.Flops, samples: int, tokens: int, backend: str) -> float:

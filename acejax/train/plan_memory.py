@@ -154,7 +154,8 @@ def memory(run: TrainConfig, mesh: AbstractMesh, samples: int, image: int, text:
 
         saved    A (double blocks + single blocks), their inputs, and what `acejax.model.remat` says, that of heads
                  and MLP over the tensor axis
-        working  A (mlp + heads + hidden), and logits 4 B H chunk N, of a kernel 8 B H N
+        working  A (mlp + heads + hidden), and logits 4 B H chunk N, of a kernel 8 B H N; of what goes to the host's
+                 memory (`offloaded`), one block's
         vectors  4 samples hidden_size (vectors of `Backend`)
     """
     model, held, accumulate = run.model, BACKENDS[backend], run.optimizer.accumulate
@@ -186,6 +187,7 @@ def _phases(run: TrainConfig, mesh: AbstractMesh, samples: int, tokens: int, bac
     working += _logits(run, local, tokens, held, backend) / (tensor * seq)
     double, single = (block / tensor for block in held.gathered(model, dtype.itemsize))
     of_double, of_single = _saved(run, array, tensor)
+    working += max(_values(run, array, tensor, host=True))
     of_all, of_singles, copied_double, copied_single = stack_bytes(model, run.lora, run.optimizer, dtype.name, mesh,
                                                                    backend == "tpu")
     size = jnp.dtype(run.optimizer.param_dtype).itemsize
@@ -204,12 +206,28 @@ def _phases(run: TrainConfig, mesh: AbstractMesh, samples: int, tokens: int, bac
 
 def _saved(run: TrainConfig, array: float, tensor: int) -> list[float]:
     """What the double and the single blocks save: their inputs, and what `acejax.model.remat` says."""
-    model, found = run.model, []
-    kept = remat.values(model, run.execution.remat)
-    for kind, blocks in enumerate((model.depth, model.depth_single_blocks)):
-        values = model.hidden_size + sum(pair[kind] / (tensor if split else 1) for split, pair in kept.items())
-        found.append(blocks * array * values / model.hidden_size)
-    return found
+    named = _values(run, array, tensor)
+    return [blocks * (array + more) for blocks, more in zip(_blocks(run), named, strict=True)]
+
+
+def _values(run: TrainConfig, array: float, tensor: int, host: bool = False) -> list[float]:
+    """Bytes of what a double and a single block save by name, `array` bytes of [B, tokens, hidden_size]."""
+    kept = remat.values(run.model, run.execution.remat, host)
+    return [array / run.model.hidden_size * sum(pair[kind] / (tensor if split else 1) for split, pair in kept.items())
+            for kind in range(2)]
+
+
+def _blocks(run: TrainConfig) -> tuple[int, int]:
+    return run.model.depth, run.model.depth_single_blocks
+
+
+def offloaded(run: TrainConfig, mesh: AbstractMesh, samples: int, tokens: int) -> float:
+    """Bytes of the host's memory that one device fills in the forward pass and reads in the backward pass, of each part
+    of the batch; arguments as of `memory`, `tokens` with text."""
+    array = samples / rules.batch_parts(mesh, run.optimizer.accumulate) * tokens / mesh.shape["seq"]
+    array *= run.model.hidden_size * jnp.dtype(run.execution.dtype).itemsize
+    each = _values(run, array, mesh.shape["tensor"], host=True)
+    return sum(blocks * more for blocks, more in zip(_blocks(run), each, strict=True))
 
 
 def _update(run: TrainConfig, mesh: AbstractMesh, parameters: float, backend: str) -> float:

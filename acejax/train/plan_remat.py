@@ -20,6 +20,9 @@ def settled(run: TrainConfig, buckets: Mapping[int, int], text: int, chip: Chip 
     planned memory fits. It is "full", which takes the least memory, where none does, where nothing is known of the
     devices' memory (a CPU, a GPU that is in no table), and in a fused step, which has no other.
 
+    Nothing goes to the host's memory unless a config says so: what is saved there is waited for in the backward pass by
+    the schedules that a TPU's compiler makes (docs/chips.md), and no GPU has run it.
+
     Args:
       buckets, text, chip, devices, slices: as `acejax.train.plan.plan` takes them.
 

@@ -191,13 +191,14 @@ def _features(run: TrainConfig, samples: int, tokens: float, text: int, variants
 
 def _host(run: TrainConfig, found: Plan, checkpoint: float, export: float) -> tuple[float | None, float | None]:
     """Bytes of the first machine's memory while it saves: its devices' part of the checkpoint, copied, the weights that
-    are exported (it alone has all of them), and batches made ahead."""
+    are exported (it alone has all of them), batches made ahead, and what devices keep there (`acejax.model.remat`)."""
     if found.chip is None:
         return None, None
     devices, has = found.chip.host
     here = min(devices, found.devices)
     batch = found.largest.memory.batch * here
     needed = PROCESS + checkpoint * here / found.devices + export + (run.reading.ahead + 1) * batch
+    needed += here * max(step.offloaded for step in found.steps)
     return needed, has * here / devices
 
 

@@ -6,11 +6,15 @@ A step takes its products and what is exposed of its communication:
     waiting   what sums and moves activations (tensor, seq): products need the result, so all of it is exposed
     moving    weights and gradients (fsdp, data): they travel while another block computes, as long as the products
               last; those of one block have none beside them
-    exposed   waiting + max(moving / blocks, moving - compute)
+    reading   what comes back from the host's memory (`acejax.model.remat`): the TPU compiler's schedule waits for it
+              where a block begins (docs/chips.md), so all of it is exposed; on its way there it is hidden. 0 where the
+              chip's host link is not known
+    exposed   waiting + reading + max(moving / blocks, moving - compute)
     seconds   compute + exposed
 
 Links inside a domain (NVLink, an ICI slice) and the network between domains carry what they carry one after the other.
-Nothing of this has been measured.
+The efficiency is what one gives, or the chip's (`acejax.parallel.chips`), which is read off the TPU compiler's cycles,
+or else assumed. Nothing of this has been measured.
 """
 
 import dataclasses
@@ -22,6 +26,18 @@ from acejax.parallel.chips import Chip
 from acejax.parallel.mesh import AXES, abstract_mesh
 from acejax.train.config import TrainConfig
 from acejax.train.plan_memory import state_bytes
+
+ASSUMED = 0.5  # share of the peak where nothing is known
+GIVEN, COMPILED, GUESSED = "as given", "by the TPU compiler's cycles", "assumed"
+
+
+def efficiency_of(chip: Chip | None, given: float | None = None) -> tuple[float, str]:
+    """Share of the peak that products reach, and where it is from: `GIVEN`, `COMPILED` or `GUESSED`."""
+    if given is not None:
+        return given, GIVEN
+    if chip is None or chip.efficiency is None:
+        return ASSUMED, GUESSED
+    return chip.efficiency, COMPILED
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,16 +60,18 @@ class Sending:
 
 @dataclasses.dataclass(frozen=True)
 class Times:
-    """Seconds of a step: products, links inside domains, the network between them, what of both is not hidden."""
+    """Seconds of a step: products, links inside domains, the network between them, the way back from the host's memory,
+    and what of these is not hidden."""
 
     compute: float
     links: float
     network: float
+    reading: float
     exposed: float
 
 
 def times(run: TrainConfig, mesh: AbstractMesh, samples: int, tokens: int, hardware_flops: float, chip: Chip,
-          efficiency: float, domain: int) -> Times:
+          efficiency: float, domain: int, offloaded: float = 0.0) -> Times:
     """Seconds of a step.
 
     Args:
@@ -65,6 +83,7 @@ def times(run: TrainConfig, mesh: AbstractMesh, samples: int, tokens: int, hardw
       chip: what the devices are.
       efficiency: share of the peak that products reach.
       domain: devices that links join.
+      offloaded: bytes that a device puts into the host's memory, of each part of the batch.
     """
     compute = hardware_flops / (mesh.size * chip.flops * efficiency)
     links = network = waiting = moving = 0.0
@@ -77,7 +96,8 @@ def times(run: TrainConfig, mesh: AbstractMesh, samples: int, tokens: int, hardw
         else:
             moving += inside / chip.link + outside / chip.network
     blocks = run.model.depth + run.model.depth_single_blocks
-    return Times(compute, links, network, waiting + max(moving / blocks, moving - compute))
+    reading = run.optimizer.accumulate * offloaded / chip.host_link if chip.host_link else 0.0
+    return Times(compute, links, network, reading, waiting + reading + max(moving / blocks, moving - compute))
 
 
 def sendings(run: TrainConfig, mesh: AbstractMesh, samples: int, tokens: int) -> list[Sending]:

@@ -67,7 +67,10 @@ def gradients(params, tokens):
     return jit(jax.grad(functools.partial(loss, remat.NONE)))(params, tokens)
 
 
-@pytest.mark.parametrize("setting", [remat.FULL, *NAMES, "attention,mlp,out", ",".join(NAMES)])
+OFFLOADED = [",".join(name + remat.HOST for name in NAMES), "attention,mlp:host"]
+
+
+@pytest.mark.parametrize("setting", [remat.FULL, *NAMES, "attention,mlp,out", ",".join(NAMES), *OFFLOADED])
 def test_no_set_changes_a_gradient(params, tokens, gradients, setting):
     found = jit(jax.grad(functools.partial(loss, setting)))(params, tokens)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * float(jnp.abs(b).max())), found, gradients)
@@ -80,14 +83,36 @@ def test_what_all_names_spare_are_the_blocks_products():
     assert remat.flops(CONFIG, ",".join(NAMES), TEXT + IMAGE) == once.attention + once.linear
 
 
+@pytest.mark.parametrize("setting", OFFLOADED)
+def test_what_is_named_so_lies_in_the_host_s_memory(setting):
+    """As the program says: each stack of layers' values is a loop's result in that memory."""
+    shapes = jax.eval_shape(acejax.init, CONFIG, jax.random.key(0)), example(CONFIG, BATCH, IMAGE, TEXT)
+    traced = jax.make_jaxpr(jax.grad(functools.partial(loss, setting)))(*shapes).jaxpr
+    of = [equation.outvars for equation in traced.eqns if equation.primitive.name == "scan"]
+    there = sum(var.aval.size for each in of for var in each if "Host" in str(getattr(var.aval, "memory_space", "")))
+    pairs = remat.values(CONFIG, setting, host=True).values()
+    counted = sum(CONFIG.depth * double + CONFIG.depth_single_blocks * single for double, single in pairs)
+    assert there == BATCH * (IMAGE + TEXT) * counted > 0
+
+
 def test_names_have_one_order_and_each_set_is_there_once():
     assert remat.names("mlp, attention") == ("attention", "mlp")
     assert remat.setting(("out", "attention")) == "attention,out"
     assert len(set(SETTINGS)) == len(SETTINGS) == 2 ** len(NAMES)
     assert all(remat.setting(remat.names(each)) == each for each in SETTINGS)
+    assert remat.places("mlp:host , attention") == {"attention": False, "mlp": True}
+    assert remat.names("mlp:host,attention") == ("attention", "mlp") and remat.on_host("mlp:host,attention") == ("mlp",)
+    assert remat.setting(["attention"], ["mlp"]) == "attention,mlp:host" and not remat.on_host(remat.NONE)
 
 
-@pytest.mark.parametrize("setting", ["some", "full,attention", "none,mlp", "", "attention,"])
+def test_what_lies_in_the_host_s_memory_is_not_on_the_device():
+    here, there = (remat.values(CONFIG, "attention,mlp:host", host) for host in (False, True))
+    assert here == remat.values(CONFIG, "attention") and there == remat.values(CONFIG, "mlp")
+    assert remat.flops(CONFIG, "attention,mlp:host", 9) == remat.flops(CONFIG, "attention,mlp", 9)
+
+
+@pytest.mark.parametrize("setting", ["some", "full,attention", "none,mlp", "", "attention,", "full:host", ":host",
+                                     "mlp:disk", "mlp,mlp:host"])
 def test_what_is_no_set_is_refused(setting):
     with pytest.raises(ValueError, match=f"Execution.remat is '{setting}'; known: none, full, or with commas some of "
                                          "attention, qkv, mlp, proj, out"):

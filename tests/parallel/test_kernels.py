@@ -51,6 +51,18 @@ def test_auto_is_the_fast_kernel_that_the_platform_has(platform, tokens, dtype, 
     assert resolve("xla", platform, tokens, dtype, head_dim) == "xla"
 
 
+@pytest.mark.parametrize("kinds, refused", [(["device", "pinned_host"], False), (["device", "unpinned_host"], True)])
+def test_what_is_saved_on_a_host_needs_its_memory(kinds, refused):
+    where = types.SimpleNamespace(**vars(TPU), addressable_memories=lambda: [
+        types.SimpleNamespace(kind=kind) for kind in kinds])
+    kernels.check_host("attention,out", TPU)  # nothing is asked
+    if not refused:
+        return kernels.check_host("attention:host", where)
+    with pytest.raises(UserError, match=r"config.execution.remat is 'out:host': a tpu can't copy into its host's "
+                                        r"memory by itself \(of the kinds device, unpinned_host none is pinned_host\)"):
+        kernels.check_host("out:host", where, "config.execution.")
+
+
 @pytest.mark.parametrize("where, dtype, chosen", [
     (TPU, "bfloat16", "flash"), (CUDA, "bfloat16", "cudnn"), (CUDA, "float32", "auto"), (ROCM, "bfloat16", "auto"),
     (CPU, "float32", "auto")])

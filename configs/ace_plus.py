@@ -52,7 +52,8 @@ def get_config(choices: str = "") -> ConfigDict:
                       "b2": 0.99, "eps": 1e-8, "momentum": 0.95, "weight_decay": 0.01, "clip": 1.0, "accumulate": 1,
                       "ema": 0.0, "param_dtype": "float32", "rounding": "stochastic", "fused": False},
         "mesh": {"data": 1, "fsdp": -1, "tensor": 1, "seq": 1},
-        "execution": {"dtype": "bfloat16", "attention": "auto", "remat": "full"},
+        "execution": {"dtype": "bfloat16", "attention": "auto", "remat": "full",
+                      "reduce_dtype": config_dict.placeholder(str)},  # of gradients: float32, or dtype's
         "checkpoint": {"every": 1000, "keep": 2, "best": 1, "export_every": 0, "export_layout": "bfl",
                        "export_dtype": config_dict.placeholder(str)},
         "watch": {"every": 50, "bad_steps": 10},

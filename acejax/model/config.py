@@ -212,6 +212,8 @@ class Execution:
 
     Attributes:
       dtype: dtype of activations and matrix products; parameters are cast to it where they are used.
+      reduce_dtype: dtype in which gradients of parameters are summed, over tokens, samples and devices, and travel
+        between devices; None is `dtype`. With another one the model has no forward-mode derivative.
       attention: an implementation of `acejax.model.attention`. In the pure functions "auto" goes by the number of
         tokens alone ("xla" up to 1,024, "xla_chunked" above), so that a program compiled ahead of time does not depend
         on the host's device; `for_platform` names the fast kernel of a GPU or TPU, as training and editing do by
@@ -235,12 +237,16 @@ class Execution:
     attention: str = "auto"
     remat: str = "none"
     chip: str = ""
+    reduce_dtype: Any = None
     constrain: "Callable[[jax.Array, str], jax.Array]" = keep
     gather: "Callable[[jax.Array, str], jax.Array]" = stored
     share: "Callable[[Callable[..., jax.Array], str], Callable[..., jax.Array]]" = whole
 
     def __post_init__(self):
         object.__setattr__(self, "dtype", np.dtype(self.dtype))
+        if self.reduce_dtype is not None:
+            wanted = np.dtype(self.reduce_dtype)
+            object.__setattr__(self, "reduce_dtype", None if wanted == self.dtype else wanted)
         if self.attention not in ATTENTION:
             raise ValueError(f"Execution.attention is {self.attention!r}; known: {', '.join(ATTENTION)}")
         try:

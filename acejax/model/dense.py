@@ -24,6 +24,8 @@ class Dense(nn.Module):
     With `parts` the first axis of `features` comes apart and the others are one: a list of [..., out], on a TPU each a
     product of its own. Its compiler turns and copies what it multiplies as one, and writes these as kernels read them.
     Their kernel may be held as `parts` [parts, in, out] in place of [in, *features] (`parts_first`).
+
+    `reduce_dtype` is what gradients of parameters are summed in, over tokens, samples and devices; None is `dtype`.
     """
 
     features: tuple[int, ...]
@@ -32,6 +34,7 @@ class Dense(nn.Module):
     zero: bool = False
     parts: bool = False
     gather: Callable[[jax.Array, str], jax.Array] = stored
+    reduce_dtype: Any = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> Any:
@@ -47,14 +50,14 @@ class Dense(nn.Module):
             init = nn.initializers.zeros if self.zero else nn.initializers.variance_scaling(
                 1.0, "fan_in", "truncated_normal", in_axis=0, out_axis=tuple(range(1, len(shape))))
             kernel = self.param("kernel", init, shape, jnp.float32)
-            y = self._products(x, self._whole("kernel", kernel.astype(self.dtype)))
+            y = self._trained(x, "kernel", kernel)
         if self.has_variable("lora", "a"):
             a, b, scale = (self.get_variable("lora", name) for name in ("a", "b", "scale"))
-            b = self._whole("b", scaled(b, scale).astype(self.dtype))
-            down = jnp.tensordot(x, self._whole("a", a.astype(self.dtype)), axes=1)
-            y = [part + more for part, more in zip(y, self._products(down, b), strict=True)]
+            (down,) = self._trained(x, "a", a)
+            y = [part + more for part, more in zip(y, self._trained(down, "b", scaled(b, scale)), strict=True)]
         if self.use_bias:
-            bias = self.param("bias", nn.initializers.zeros, self.features, jnp.float32).astype(self.dtype)
+            bias = self.param("bias", nn.initializers.zeros, self.features, jnp.float32)
+            bias = bias.astype(self.reduce_dtype or self.dtype)
             y = [add_bias(part, one) for part, one in zip(y, self._apart(bias), strict=True)]
         return y if self.parts else y[0]
 
@@ -66,9 +69,16 @@ class Dense(nn.Module):
         parts = self.gather(self.get_variable(collection, "parts"), "/".join((*self.path, "parts")))
         return [x @ part.astype(self.dtype) for part in parts]
 
+    def _trained(self, x: jax.Array, leaf: str, kernel: jax.Array) -> list[jax.Array]:
+        """x times a kernel that is kept as it is trained, in any dtype."""
+        bring = functools.partial(self._whole, leaf)
+        if self.reduce_dtype is None:
+            return self._products(x, bring(kernel.astype(self.dtype)))
+        return summed_in(x, kernel, self._products, bring, self.reduce_dtype)
+
     def _products(self, x: jax.Array, kernel: jax.Array) -> list[jax.Array]:
         """x [..., in] times kernel, as `_whole` gives it: of each part, or the whole as the only one."""
-        if not self.parts:
+        if not self.parts or kernel.ndim < 3:
             return [jnp.tensordot(x, kernel, axes=1)]
         return list(jax.lax.platform_dependent(x, kernel, tpu=_each, default=_together))
 
@@ -110,10 +120,39 @@ def _together(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, ...]:
     return tuple(jnp.moveaxis(jnp.tensordot(x, kernel, axes=1), -2, 0))
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def summed_in(x: jax.Array, kernel: jax.Array, products: Callable[[jax.Array, jax.Array], list[jax.Array]],
+              bring: Callable[[jax.Array], jax.Array], dtype: Any) -> list[jax.Array]:
+    """products(x, bring(kernel)) in x's dtype, with a gradient of the kernel that is summed and travels in `dtype`.
+
+    A product's own gradient comes in the dtype of what was multiplied, before other devices' parts are added to it.
+    """
+    return products(x, bring(kernel.astype(x.dtype)))
+
+
+def _summed_forward(x, kernel, products, bring, dtype):
+    whole = bring(kernel.astype(x.dtype))
+    return products(x, whole), (x, whole, kernel)
+
+
+def _summed_backward(products, bring, dtype, saved, gradients):
+    x, whole, kernel = saved
+    (of_x,) = jax.vjp(lambda x: products(x, whole), x)[1](gradients)
+    leading = tuple(range(x.ndim - 1))
+    of_whole = [jax.lax.dot_general(x, gradient, ((leading, leading), ((), ())), preferred_element_type=dtype)
+                for gradient in gradients]
+    of_whole = of_whole[0] if len(of_whole) == 1 else jnp.stack(of_whole, 1)
+    (of_kernel,) = jax.vjp(bring, jnp.zeros(kernel.shape, dtype))[1](of_whole)
+    return of_x, of_kernel.astype(kernel.dtype)
+
+
+summed_in.defvjp(_summed_forward, _summed_backward)
+
+
 @jax.custom_jvp
 def add_bias(y: jax.Array, bias: jax.Array) -> jax.Array:
-    """y [..., *features] + bias [*features]."""
-    return y + bias
+    """y [..., *features] + bias [*features], in y's dtype; the bias takes its gradient in its own."""
+    return y + bias.astype(y.dtype)
 
 
 @add_bias.defjvp
@@ -121,7 +160,7 @@ def _add_bias(primals, tangents):
     y_tangent, bias_tangent = tangents
     spread = jax.lax.platform_dependent(bias_tangent, tpu=functools.partial(_spread, like=y_tangent),
                                         default=lambda bias: jnp.broadcast_to(bias, y_tangent.shape))
-    return add_bias(*primals), y_tangent + spread
+    return add_bias(*primals), y_tangent + spread.astype(y_tangent.dtype)
 
 
 def _spread(bias: jax.Array, like: jax.Array) -> jax.Array:

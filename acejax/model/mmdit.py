@@ -98,7 +98,7 @@ class StreamLayers(nn.Module):
 
     def setup(self):
         c = self.config
-        dense = functools.partial(Dense, dtype=self.execution.dtype, gather=self.execution.gather)
+        dense = functools.partial(_dense, self.execution, gather=self.execution.gather)
         self.modulation = dense((3 if self.parallel else 6, c.hidden_size), zero=True)
         self.qkv = dense((3, c.num_heads, c.head_dim), parts=True)
         self.query_norm = Scale(c.head_dim)
@@ -189,10 +189,10 @@ class Embedder(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        width = (self.config.hidden_size,)
-        x = nn.silu(Dense(width, self.execution.dtype, name="in_layer", gather=self.execution.gather)(x))
+        dense = functools.partial(_dense, self.execution, (self.config.hidden_size,), gather=self.execution.gather)
+        x = nn.silu(dense(name="in_layer")(x))
         x = self.execution.constrain(x, "row")
-        x = Dense(width, self.execution.dtype, name="out_layer", gather=self.execution.gather)(x)
+        x = dense(name="out_layer")(x)
         return self.execution.constrain(x, "row")
 
 
@@ -204,13 +204,17 @@ class FinalLayer(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, vec: jax.Array | None, modulation: jax.Array | None) -> jax.Array:
-        c, dtype = self.config, self.execution.dtype
+        c, e = self.config, self.execution
         if modulation is None:
-            vec = self.execution.constrain(nn.silu(vec), "vector")
-            modulation = Dense((2, c.hidden_size), dtype, zero=True, name="modulation")(vec)
-        shift, scale = jnp.split(self.execution.constrain(modulation, "modulation"), 2, axis=1)
-        x = self.execution.constrain(modulated_norm(x, shift, scale, self.execution), "hidden")
-        return Dense((c.out_channels,), dtype, zero=True, name="linear")(x)
+            vec = e.constrain(nn.silu(vec), "vector")
+            modulation = _dense(e, (2, c.hidden_size), zero=True, name="modulation")(vec)
+        shift, scale = jnp.split(e.constrain(modulation, "modulation"), 2, axis=1)
+        x = e.constrain(modulated_norm(x, shift, scale, e), "hidden")
+        return _dense(e, (c.out_channels,), zero=True, name="linear")(x)
+
+
+def _dense(execution: Execution, features: tuple[int, ...], **more: Any) -> Dense:
+    return Dense(features, execution.dtype, reduce_dtype=execution.reduce_dtype, **more)
 
 
 def conditioning(config: MMDiTConfig, embed: Callable[[str, jax.Array], jax.Array], sigma: jax.Array,
@@ -231,7 +235,7 @@ class MMDiT(nn.Module):
         self.time_in, self.vector_in = Embedder(c, e), Embedder(c, e)
         if c.guidance_embed:
             self.guidance_in = Embedder(c, e)
-        self.img_in, self.txt_in = Dense((c.hidden_size,), e.dtype), Dense((c.hidden_size,), e.dtype)
+        self.img_in, self.txt_in = _dense(e, (c.hidden_size,)), _dense(e, (c.hidden_size,))
         self.double_blocks = _stack(DoubleBlock, c, e, c.depth)
         self.single_blocks = _stack(SingleBlock, c, e, c.depth_single_blocks)
         self.final_layer = FinalLayer(c, e)

@@ -134,6 +134,7 @@ class ExecutionConfig:
     """As `acejax.Execution`, which also needs the mesh.
 
     Attributes:
+      reduce_dtype: as there: "float32" for gradients that are summed and sent in it, beside `dtype` "bfloat16".
       remat: as there, or "auto", which `acejax.train.plan_remat` settles before a run starts.
       compiler_options: of XLA, over those of `acejax.parallel.options`.
     """
@@ -141,6 +142,7 @@ class ExecutionConfig:
     dtype: str = "bfloat16"
     attention: str = "auto"
     remat: str = "full"
+    reduce_dtype: str | None = None
     compiler_options: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
@@ -149,6 +151,8 @@ class ExecutionConfig:
             Execution(self.dtype, self.attention, known)
         except TypeError as error:
             raise UserError(f"dtype is {self.dtype!r}; expected float32 or bfloat16") from error
+        if self.reduce_dtype not in (None, self.dtype, "float32"):
+            raise UserError(f"reduce_dtype is {self.reduce_dtype!r}; expected float32, or None for dtype")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -101,7 +101,7 @@ def times(run: TrainConfig, mesh: AbstractMesh, samples: int, tokens: int, hardw
 
 
 def sendings(run: TrainConfig, mesh: AbstractMesh, samples: int, tokens: int) -> list[Sending]:
-    """What each axis of the mesh sends in a step, all of it in the activations' dtype.
+    """What each axis of the mesh sends in a step, in the activations' dtype, gradients in their own.
 
     Over fsdp: each part of a batch gathers the weights for its forward and for its backward pass and reduces the
     gradients; what a LoRA is trained on has none. Over data: a gradient is reduced and told, each once. Over tensor: an
@@ -110,13 +110,14 @@ def sendings(run: TrainConfig, mesh: AbstractMesh, samples: int, tokens: int) ->
     """
     size = 2 if run.execution.dtype == "bfloat16" else 4
     kept = 2 if run.optimizer.param_dtype == "bfloat16" else 4
+    summed = max(size, 4 if run.execution.reduce_dtype == "float32" else 0) / size  # how much longer a gradient is
     data, fsdp, tensor, seq = (mesh.shape[axis] for axis in AXES)
     frozen, trained, _ = state_bytes(run.model, run.lora, run.optimizer, abstract_mesh({}, 1))
     parameters, frozen = size * trained / kept / tensor, frozen / tensor
     activation = size * samples / (data * fsdp) * tokens / seq * run.model.hidden_size
     blocks, passes = run.model.depth + run.model.depth_single_blocks, 2 if run.execution.remat == remat.NONE else 3
-    return [Sending("fsdp", (3 * parameters + 2 * frozen) * run.optimizer.accumulate, waits=False),
-            Sending("data", 2 * parameters / fsdp, waits=False),
+    return [Sending("fsdp", ((2 + summed) * parameters + 2 * frozen) * run.optimizer.accumulate, waits=False),
+            Sending("data", 2 * summed * parameters / fsdp, waits=False),
             Sending("tensor", 2 * 2 * passes * blocks * activation, waits=True),
             Sending("seq", 4 * passes * blocks * activation / tensor, waits=True, shared=False)]
 

@@ -46,7 +46,8 @@ class Program:
     def of(cls, run: TrainConfig, mesh: Mesh, references: int, tasks: int) -> "Program":
         """For data of so many references and tasks."""
         how = run.execution
-        execution = kernels.on_devices(Execution(how.dtype, how.attention, how.remat), run.model, mesh)
+        execution = Execution(how.dtype, how.attention, how.remat, reduce_dtype=how.reduce_dtype)
+        execution = kernels.on_devices(execution, run.model, mesh)
         setting, optimizer = run.setting(execution, references, tasks), make_optimizer(run.optimizer, run.steps)
         params = frozen = None
         if run.lora:

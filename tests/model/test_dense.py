@@ -91,3 +91,36 @@ def test_kernels_are_gathered_by_their_paths(parts):
     names = sorted((path.split("/")[-1], shape) for path, shape in seen)
     assert names == ([("a", (8, 2)), ("b_parts", (2, 3, 8)), ("kernel_parts", (8, 3, 8))] if parts else
                      [("a", (8, 2)), ("b", (2, 3, 2, 4)), ("kernel", (8, 3, 2, 4))])
+
+
+@pytest.mark.parametrize("parts", [False, True])
+def test_gradients_are_summed_in_float32(parts):
+    """What bfloat16 can't hold of a sum over 4,096 tokens: 1 and many 2^-9 beside it."""
+    layer = functools.partial(Dense, (3, 4) if parts else (12,), jnp.bfloat16, parts=parts)
+    x = jnp.full((4096, 8), 2.0**-9).at[0].set(1.0)
+    params = layer().init(jax.random.key(0), x)
+
+    def gradients(**more):
+        def total(params):
+            return sum(part.astype(jnp.float32).sum() for part in jax.tree.leaves(layer(**more).apply(params, x)))
+        return jax.jit(jax.value_and_grad(total))(params)
+
+    (value, exact), (same, rounded) = gradients(reduce_dtype=jnp.float32), gradients()
+    assert value == same, "the forward pass is the same"
+    np.testing.assert_array_equal(exact["params"]["kernel"], np.full(exact["params"]["kernel"].shape, 1 + 4095 / 512))
+    np.testing.assert_array_equal(exact["params"]["bias"], np.full(exact["params"]["bias"].shape, 4096))
+    assert (rounded["params"]["kernel"] == jnp.bfloat16(1 + 4095 / 512)).all()
+
+
+@pytest.mark.parametrize("extra", [{}, {"lora": {name: LORA[name] for name in LORA}}])
+def test_summing_in_float32_is_the_same_gradient(extra):
+    x = drawn(0, 2, 5, 8)
+    plain, other = Dense((3, 2, 4), jnp.float32, parts=True), Dense((3, 2, 4), jnp.float32, parts=True,
+                                                                    reduce_dtype=jnp.float32)
+    variables = {"params": plain.init(jax.random.key(1), x)["params"]} | extra
+
+    def gradient(layer):
+        return jax.grad(lambda variables, x: sum(jnp.sin(part).sum() for part in layer.apply(variables, x)), (0, 1))(
+            variables, x)
+
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), gradient(other), gradient(plain))

@@ -91,3 +91,12 @@ def test_kernels_are_gathered_by_their_paths(parts):
     names = sorted((path.split("/")[-1], shape) for path, shape in seen)
     assert names == ([("a", (8, 2)), ("b_parts", (2, 3, 8)), ("kernel_parts", (8, 3, 8))] if parts else
                      [("a", (8, 2)), ("b", (2, 3, 2, 4)), ("kernel", (8, 3, 2, 4))])
+
+
+def test_a_kernel_that_is_held_flat():
+    x, params = drawn(0, 2, 5, 8), {"kernel": drawn(1, 8, 3, 2, 4), "bias": drawn(2, 3, 2, 4)}
+    held = dense.flattened({"qkv": params})["qkv"]
+    assert {name: leaf.shape for name, leaf in held.items()} == {"flat": (8, 24), "bias": (3, 2, 4)}
+    layer = Dense((3, 2, 4), jnp.float32)
+    found, whole = (layer.apply({"params": tree}, x) for tree in (held, params))
+    np.testing.assert_allclose(found, whole, rtol=1e-6, atol=1e-6)

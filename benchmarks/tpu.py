@@ -2,8 +2,9 @@
 
 Attention of a layer, the full fine-tune step on 8, 64 and 256 chips, a single block, a LoRA step on an int8 base, and a
 step of an edit on one chip and on eight: 512 text and 4,096 image tokens, one sample a device, bfloat16, ACE++'s
-geometry. Cycles are libtpu's: its estimates of products and fusions and the final schedules of kernels, loops times
-trips, without waiting for memory or for other devices. Nothing runs; no figure was measured on a TPU.
+geometry. Then the models around it: a picture of 1024 x 1024, a prompt of 512 tokens. Cycles are libtpu's: its
+estimates of products and fusions and the final schedules of kernels, loops times trips, without waiting for memory or
+for other devices. Nothing runs; no figure was measured on a TPU.
 """
 
 import argparse
@@ -62,12 +63,13 @@ class Figure:
       name: of the row.
       unit: of its values.
       scale: what a value is divided by.
-      programs: that are compiled for it, as `tpu_side.FIGURES` names them; of several the cheapest counts.
+      programs: that are compiled for it, as the `FIGURES` of `side` name them; of several the cheapest counts.
       must: the most that it may be; a share of the older commit's where `relative`.
       goal: what would be better still.
       value: read off a program's cost.
       loop: of one layer of this stack.
       training: a full training step, of which MFU is told.
+      side: the program that compiles it.
     """
 
     name: str
@@ -80,6 +82,7 @@ class Figure:
     loop: str = ""
     relative: bool = False
     training: bool = False
+    side: pathlib.Path = tpu_run.SIDE
 
     @property
     def chip(self) -> str:
@@ -87,6 +90,7 @@ class Figure:
 
 
 LAYER, STEP = "million cycles", "billion cycles"
+MODEL = "million cycles a call"  # unlike a layer's, with seconds and memory
 FIGURES = (
     *(Figure(f"attention {chip}", LAYER, MILLION, (f"attention {chip}",), must, goal, of_one_core)
       for chip, must, goal in (("v6e", 5.4, 4.4), ("v5p", 9.3, 7.4), ("v5e", 9.2, 7.3))),
@@ -100,6 +104,9 @@ FIGURES = (
     Figure("one picture v6e-8, a step", STEP, BILLION, tuple(
         f"picture v6e-8 {axes}" for axes in ("tensor=8", "seq=8", "tensor=2,seq=4", "tensor=4,seq=2")), 0.09, 0.053),
     Figure("all-reduce that stands for a gather v5p-128", "GB", GB, ("full v5p-128",), 0.0, value=zero_gathers),
+    *(Figure(f"{name} {topology}", MODEL, MILLION, (f"{program} {topology}",), side=tpu_run.ENCODERS)
+      for name, program in (("autoencoder, encode", "encode"), ("autoencoder, decode", "decode"), ("T5", "t5"),
+                            ("CLIP", "clip")) for topology in ("v6e-1", "v5e-1", "v5p-1")),
 )
 ROTATE = {f"attention {chip}": f"rotate {chip}" for chip in ("v6e", "v5p", "v5e")}  # listed beside, not counted
 
@@ -202,7 +209,7 @@ def side(figure: Figure, tree: pathlib.Path, cache: pathlib.Path, fresh: bool) -
     found = {}
     for program in figure.programs:
         started = time.monotonic()
-        folder = tpu_run.compile_figure(tree, program, cache, fresh)
+        folder = tpu_run.compile_figure(tree, program, cache, fresh, figure.side)
         found[program] = tpu_run.cost(folder, figure.chip, figure.loop)
         print(f"      {program} of {'this checkout' if tree == CHECKOUT else 'the older commit'}: "
               f"{figure.value(found[program]) / figure.scale:.3f} {figure.unit} "

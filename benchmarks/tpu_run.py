@@ -1,4 +1,5 @@
-"""Compile a figure of a checkout by `benchmarks.tpu_side` and read what it cost; what is there already is kept."""
+"""Compile a figure of a checkout by `benchmarks.tpu_side` or `tpu_encoders` and read what it cost; what is there is
+kept."""
 
 import dataclasses
 import gzip
@@ -20,6 +21,7 @@ from acejax.errors import UserError
 from acejax.parallel.chips import CHIPS
 
 SIDE = pathlib.Path(__file__).with_name("tpu_side.py")
+ENCODERS = SIDE.with_name("tpu_encoders.py")  # made of SIDE
 # Parts of the package that no compiled program is made of.
 APART = ("aot", "cli", "data", "demo", "weights")
 
@@ -56,34 +58,39 @@ class Cost:
         return self.cycles + self.of_kernels()
 
 
-def compile_figure(tree: pathlib.Path, figure: str, cache: pathlib.Path, fresh: bool = False) -> pathlib.Path:
+def compile_figure(tree: pathlib.Path, figure: str, cache: pathlib.Path, fresh: bool = False,
+                   side: pathlib.Path = SIDE) -> pathlib.Path:
     """The folder of a figure's program, memory and kernels, compiled where it is not there yet.
 
     Args:
       tree: a checkout.
-      figure: as `tpu_side.FIGURES` names it.
+      figure: as the `FIGURES` of `side` name it.
       cache: of all figures.
       fresh: compile it again.
+      side: the program that compiles it.
 
     Raises:
       UserError: it does not compile.
     """
-    folder = cache / key(tree, figure)
+    folder = cache / key(tree, figure, side)
     folder.mkdir(parents=True, exist_ok=True)
     if fresh or not (folder / "memory.json").is_file():
-        _child(tree, "compile", figure, folder, {})
+        _child(tree, side, "compile", figure, folder, {})
     if fresh or not (folder / "kernels.json").is_file():
         with tempfile.TemporaryDirectory() as schedules:
-            _child(tree, "kernels", figure, folder, {"LIBTPU_INIT_ARGS": DUMP.format(schedules)})
+            _child(tree, side, "kernels", figure, folder, {"LIBTPU_INIT_ARGS": DUMP.format(schedules)})
     return folder
 
 
-def key(tree: pathlib.Path, figure: str) -> str:
+def key(tree: pathlib.Path, figure: str, side: pathlib.Path = SIDE) -> str:
     """Of the sources that a program is made of, the versions and the figure."""
     made = hashlib.sha256(SIDE.read_bytes())
+    if side != SIDE:
+        made.update(side.read_bytes())
+    apart = APART if side == SIDE else tuple(part for part in APART if part != "data")  # encoders are of it
     for part in ("acejax", "configs"):
         for path in sorted((tree / part).rglob("*.py")):
-            if path.relative_to(tree).parts[1] not in APART:
+            if path.relative_to(tree).parts[1] not in apart:
                 made.update(f"{path.relative_to(tree)}\0".encode() + path.read_bytes())
     made.update(repr(versions()).encode())
     return f"{re.sub(r'[^a-z0-9]+', '_', figure)}-{made.hexdigest()[:16]}"
@@ -93,9 +100,10 @@ def versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in compiler.PACKAGES}
 
 
-def _child(tree: pathlib.Path, mode: str, figure: str, folder: pathlib.Path, more: dict[str, str]) -> None:
+def _child(tree: pathlib.Path, side: pathlib.Path, mode: str, figure: str, folder: pathlib.Path, more: dict[str, str]
+           ) -> None:
     environment = os.environ | aot.ENVIRONMENT | more | {"PYTHONPATH": str(tree)}
-    line = [sys.executable, "-P", str(SIDE), mode, figure, str(folder)]
+    line = [sys.executable, "-P", str(side), mode, figure, str(folder)]
     done = subprocess.run(line, env=environment, cwd=tree, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
                           check=False)
     if done.returncode:

@@ -9,7 +9,7 @@ in both), `mid`, convolutions [kh, kw, in, out]. The attention's 1x1 convolution
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -37,7 +37,36 @@ def norm(config: AutoencoderConfig, name: str) -> nn.GroupNorm:
 
 
 def conv(features: int, dtype: Any, name: str) -> nn.Conv:
-    return nn.Conv(features, (3, 3), padding=1, dtype=dtype, name=name)
+    return nn.Conv(features, (3, 3), padding=1, dtype=dtype, name=name, conv_general_dilated=convolve)
+
+
+def convolve(x: jax.Array, kernel: jax.Array, strides: Sequence[int], padding: Sequence[tuple[int, int]],
+             **plain: Any) -> jax.Array:
+    """`jax.lax.conv_general_dilated` of x [B, h, w, in] and kernel [kh, kw, in, out]; on a TPU by rows (`by_rows`)."""
+    whole = functools.partial(jax.lax.conv_general_dilated, window_strides=strides, padding=padding, **plain)
+    if kernel.shape[0] == 1:
+        return whole(x, kernel)
+    return jax.lax.platform_dependent(x, kernel, tpu=functools.partial(by_rows, strides=strides, padding=padding),
+                                      default=whole)
+
+
+def by_rows(x: jax.Array, kernel: jax.Array, strides: Sequence[int], padding: Sequence[tuple[int, int]]) -> jax.Array:
+    """A convolution along rows alone: each row of the picture is a sample, and has the channels of all rows that it is
+    made of.
+
+    Of a batch of few large pictures XLA makes a larger batch of parts that overlap, and on a TPU it copies more than
+    it multiplies.
+    """
+    batch, _, width, channels = x.shape
+    rows = kernel.shape[0]
+    x = jnp.pad(x, ((0, 0), padding[0], (0, 0), (0, 0)))
+    height = (x.shape[1] - rows) // strides[0] + 1
+    taken = [jax.lax.slice_in_dim(x, row, row + (height - 1) * strides[0] + 1, strides[0], axis=1)
+             for row in range(rows)]
+    x = jnp.concatenate(taken, -1).reshape(batch * height, width, rows * channels)
+    y = jax.lax.conv_general_dilated(x, kernel.swapaxes(0, 1).reshape(kernel.shape[1], rows * channels, -1),
+                                     strides[1:], padding[1:], dimension_numbers=("NWC", "WIO", "NWC"))
+    return y.reshape(batch, height, *y.shape[1:])
 
 
 class ResBlock(nn.Module):
@@ -98,7 +127,7 @@ class Level(nn.Module):
             x = ResBlock(self.config, self.features, self.dtype, name=f"block_{b}")(x)
         if self.step == "downsample":  # one row and column of zeros, at the bottom and the right alone
             return nn.Conv(self.features, (3, 3), strides=2, padding=((0, 1), (0, 1)), dtype=self.dtype,
-                           name=self.step)(x)
+                           name=self.step, conv_general_dilated=convolve)(x)
         if self.step == "upsample":
             return conv(self.features, self.dtype, self.step)(x.repeat(2, axis=1).repeat(2, axis=2))
         return x

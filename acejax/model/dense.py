@@ -23,7 +23,8 @@ class Dense(nn.Module):
 
     With `parts` the first axis of `features` comes apart and the others are one: a list of [..., out], on a TPU each a
     product of its own. Its compiler turns and copies what it multiplies as one, and writes these as kernels read them.
-    Their kernel may be held as `parts` [parts, in, out] in place of [in, *features] (`parts_first`).
+    Their kernel may be held as `parts` [parts, in, out] in place of [in, *features] (`parts_first`); without `parts`, a
+    kernel may be held as `flat` [in, out] (`flattened`).
 
     `reduce_dtype` is what gradients of parameters are summed in, over tokens, samples and devices; None is `dtype`.
     """
@@ -45,6 +46,9 @@ class Dense(nn.Module):
                                       strict=True)]
         elif self.has_variable("params", "parts"):
             y = self._held(x, "params", "kernel")
+        elif self.has_variable("params", "flat"):
+            y = jax.lax.optimization_barrier(x @ self.get_variable("params", "flat").astype(self.dtype))
+            y = [y.reshape(*x.shape[:-1], *self.features)]  # else a TPU turns the kernel to what comes after
         else:
             shape = (x.shape[-1], *self.features)
             init = nn.initializers.zeros if self.zero else nn.initializers.variance_scaling(
@@ -103,6 +107,22 @@ def parts_first(tree: dict[str, Any]) -> dict[str, Any]:
     for path in [path for path in leaves if path[-2:] in (("qkv", "kernel"), ("qkv", "q"))]:
         leaves[(*path[:-1], "parts")] = _turned(leaves.pop(path))
     return unflatten_dict(leaves)
+
+
+def flattened(tree: dict[str, Any]) -> dict[str, Any]:
+    """A tree of params with "qkv/kernel" [..., in, parts, heads, head_dim] as "qkv/flat" [..., in, out].
+
+    Of a stack that is held with small last axes a TPU turns each layer's kernel before it multiplies.
+    """
+    leaves = flatten_dict(tree)
+    for path in [path for path in leaves if path[-2:] == ("qkv", "kernel")]:
+        leaves[(*path[:-1], "flat")] = _flat(leaves.pop(path))
+    return unflatten_dict(leaves)
+
+
+@jax.jit
+def _flat(kernel: jax.Array) -> jax.Array:
+    return kernel.reshape(*kernel.shape[:-3], -1)
 
 
 @jax.jit

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from acejax import UserError
-from benchmarks import tpu, tpu_run, tpu_side
+from benchmarks import tpu, tpu_encoders, tpu_run, tpu_side
 from tests.aot.programs import computation, fusion, kernel, loop, program
 
 STREAM = "bf16[1,256,384]"
@@ -80,9 +80,11 @@ def test_figures_by_name():
         tpu.chosen(["LoRA", "nosuch"])
 
 
-def test_all_programs_are_known_to_the_other_process():
-    assert {program for figure in tpu.FIGURES for program in figure.programs} | set(tpu.ROTATE.values()) == set(
-        tpu_side.FIGURES)
+@pytest.mark.parametrize("side, more", [(tpu_side, tpu.ROTATE), (tpu_encoders, {})])
+def test_all_programs_are_known_to_the_other_process(side, more):
+    asked = {program for figure in tpu.FIGURES if figure.side.stem == side.__name__.rpartition(".")[2]
+             for program in figure.programs}
+    assert asked | set(more.values()) == set(side.FIGURES)
 
 
 def test_sources_versions_and_figures_are_kept_apart(tmp_path, monkeypatch):
@@ -91,6 +93,7 @@ def test_sources_versions_and_figures_are_kept_apart(tmp_path, monkeypatch):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("a = 1")
     first = tpu_run.key(tmp_path, "full v6e-8")
+    assert len({first, tpu_run.key(tmp_path, "full v6e-8", tpu_run.ENCODERS)}) == 2
     assert first.startswith("full_v6e_8-") and first != tpu_run.key(tmp_path, "full v5e-256")
     (tmp_path / "acejax/cli/plan.py").write_text("a = 2")
     assert tpu_run.key(tmp_path, "full v6e-8") == first  # no program is made of it

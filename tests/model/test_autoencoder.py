@@ -250,3 +250,13 @@ def test_full_size_memory(tile, gibibytes):
     assert "16384x16384" not in lowered.as_text()
     assert lowered.out_info.shape == (1, 1024, 1024, 3)
     assert lowered.compile(QUICK).memory_analysis().temp_size_in_bytes < gibibytes * 2**30
+
+
+@pytest.mark.parametrize("strides, padding", [((1, 1), ((1, 1), (1, 1))), ((2, 2), ((0, 1), (0, 1)))])
+def test_a_convolution_by_rows(strides, padding):
+    """What a TPU computes."""
+    x = jax.random.normal(jax.random.key(0), (2, 8, 12, 5))
+    kernel = jax.random.normal(jax.random.key(1), (3, 3, 5, 7))
+    whole = jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    found = autoencoder.by_rows(x, kernel, strides, padding)
+    np.testing.assert_allclose(found, whole, rtol=1e-5, atol=1e-5)  # float32's rounding of sums of 45

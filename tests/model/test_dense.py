@@ -124,3 +124,12 @@ def test_summing_in_float32_is_the_same_gradient(extra):
             variables, x)
 
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), gradient(other), gradient(plain))
+
+
+def test_a_kernel_that_is_held_flat():
+    x, params = drawn(0, 2, 5, 8), {"kernel": drawn(1, 8, 3, 2, 4), "bias": drawn(2, 3, 2, 4)}
+    held = dense.flattened({"qkv": params})["qkv"]
+    assert {name: leaf.shape for name, leaf in held.items()} == {"flat": (8, 24), "bias": (3, 2, 4)}
+    layer = Dense((3, 2, 4), jnp.float32)
+    found, whole = (layer.apply({"params": tree}, x) for tree in (held, params))
+    np.testing.assert_allclose(found, whole, rtol=1e-6, atol=1e-6)

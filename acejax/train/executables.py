@@ -4,6 +4,7 @@ A step is used where all that its program depends on is what it was compiled for
 and results are made here from the run's own Program; of the file comes the program alone (`acejax.train.saved`).
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -13,13 +14,14 @@ import os
 import pathlib
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils, serialize_executable
+from jax.experimental.compilation_cache import compilation_cache
 
 import acejax
 from acejax.errors import UserError
@@ -98,8 +100,28 @@ def differences(found: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
             for name in sorted(one.keys() | other.keys()) if one.get(name) != other.get(name)]
 
 
+@contextlib.contextmanager
+def afresh() -> Iterator[None]:
+    """What is compiled in here comes from the compiler, and not from jax's cache of compiled programs.
+
+    A program that was read from there can't be saved: jax serialises it, but without some of its functions, which is an
+    error when it runs (`findings/jax-serialize-cached.sh`).
+    """
+    before = jax.config.jax_enable_compilation_cache
+    _cache(False)
+    try:
+        yield
+    finally:
+        _cache(before)
+
+
+def _cache(on: bool) -> None:
+    jax.config.update("jax_enable_compilation_cache", on)
+    compilation_cache.reset_cache()  # jax looks at the setting once
+
+
 def save(path: epath.PathLike, program: Program, batch: Mapping[str, Any], compiled: jax.stages.Compiled) -> int:
-    """Write a compiled step; returns the payload's bytes. The devices that it is for need not be here.
+    """Write a step that was compiled `afresh`; returns the payload's bytes. Its devices need not be here.
 
     Raises:
       UserError: this jax can't serialise it, or the file can't be written.
@@ -151,6 +173,11 @@ class Place:
         self._path = path and epath.Path(path)
         self._folder = bool(path) and self._path.is_dir()
 
+    @property
+    def keeps(self) -> bool:
+        """Whether `keep` saves anything: what it gets is then to be compiled `afresh`."""
+        return self._folder
+
     def find(self, program: Program, batches: Mapping[int, Mapping[str, Any]]) -> Steps:
         """The steps that are there, by bucket; a line for each of the others says why not.
 
@@ -186,7 +213,7 @@ class Place:
 
     def keep(self, program: Program, batches: Mapping[int, Mapping[str, Any]], compiled: Steps) -> None:
         """Save steps into the folder; the first process writes. What can't be saved is told, and no error."""
-        if not self._folder or not processes.is_first():
+        if not self.keeps or not processes.is_first():
             return
         for bucket, step in compiled.items():
             name = f"step_{bucket}_tokens_{_digest(json.dumps(key(program, batches[bucket])))}{saved.SUFFIX}"

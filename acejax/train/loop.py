@@ -24,7 +24,7 @@ from acejax.parallel import mesh as meshes
 from acejax.parallel.chips import chip_of
 from acejax.train import lora as loras
 from acejax.train.config import AUTO, TrainConfig
-from acejax.train.executables import Place
+from acejax.train.executables import Place, afresh
 from acejax.train.export import Exports
 from acejax.train.plan import Plan, plan, remedy, settled
 from acejax.train.preemption import Preempted, Preemption
@@ -248,7 +248,7 @@ def _compile(program: Program, examples: dict[int, dict[str, Any]], frozen: Any,
     if not missing:
         return found
     processes.say(f"compiling the training step for {len(missing)} numbers of tokens ...")
-    with concurrent.futures.ThreadPoolExecutor() as pool:
+    with concurrent.futures.ThreadPoolExecutor() as pool, afresh() if place.keeps else contextlib.nullcontext():
         lowered = {bucket: program.step.lower(program.state, batch, frozen=frozen)
                    for bucket, batch in missing.items()}
         made = dict(zip(lowered, pool.map(lambda low: low.compile(), lowered.values()), strict=True))

@@ -5,6 +5,7 @@ would run, but for what `OPTIONS` and `acejax.train.plan_memory.BACKENDS` tell.
 """
 
 import collections
+import contextlib
 import dataclasses
 import re
 import time
@@ -117,7 +118,8 @@ def compile_for(run: TrainConfig, topology: Topology, samples: int, image: int, 
     program, batch = step_on(run, meshes.make_mesh(run.mesh, compiler.devices(topology)), samples, image, text, kinds)
     lowered = program.step.lower(program.state, batch, frozen=program.frozen)
     used = options("tpu", run.execution.compiler_options) or {}
-    compiled, report = compiler.compile(lowered, topology, used, schedules)
+    with executables.afresh() if save else contextlib.nullcontext():
+        compiled, report = compiler.compile(lowered, topology, used, schedules)
     if save:
         executables.save(save, program, batch, compiled)
     return report

@@ -33,6 +33,30 @@ def run(folder, place, steps=2, **changed):
     return losses(folder)
 
 
+def test_what_is_saved_does_not_come_from_the_compile_cache(tmp_path):
+    """jax serialises what it has read from there without some of its functions."""
+    hits = []
+    jax.monitoring.register_event_listener(lambda name, **about: hits.append(name) if "cache_hit" in name else None)
+    before = {name: getattr(jax.config, name) for name in (
+        "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs", "jax_enable_compilation_cache")}
+    lowered = jax.jit(lambda x: jnp.sin(x) @ x + 12345).lower(jnp.ones((4, 4)))
+    try:
+        jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+        executables._cache(True)
+        lowered.compile()
+        hits.clear()
+        with executables.afresh():
+            lowered.compile()
+        assert not hits
+        lowered.compile()
+        assert hits
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        executables._cache(before["jax_enable_compilation_cache"])
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """A folder with the step of a run, and the losses of that run."""
@@ -85,7 +109,7 @@ def test_the_header_holds_the_key_and_is_read_without_running_anything(made, mon
 
 
 @pytest.mark.parametrize("changed, told", [
-    ({"optimizer.learning_rate": 0.5}, "config.optimizer.learning_rate is 0.001, here 0.5"),
+    ({"optimizer.learning_rate": 0.5}, "config.optimizer.learning_rate is 0.002, here 0.5"),
     ({"steps": 4}, "config.steps is 2, here 4"),
     ({"model.depth": 2}, "config.model.depth is 1, here 2"),
     ({"execution.compiler_options": {"xla_cpu_enable_fast_math": "1"}}, "options.xla_cpu_enable_fast_math is None"),

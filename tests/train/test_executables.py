@@ -39,17 +39,20 @@ def test_what_is_saved_does_not_come_from_the_compile_cache(tmp_path):
     jax.monitoring.register_event_listener(lambda name, **about: hits.append(name) if "cache_hit" in name else None)
     before = {name: getattr(jax.config, name) for name in (
         "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs", "jax_enable_compilation_cache")}
-    lowered = jax.jit(lambda x: jnp.sin(x) @ x + 12345).lower(jnp.ones((4, 4)))
+
+    def step():
+        return jax.jit(lambda x: jnp.sin(x) @ x + 12345).lower(jnp.ones((4, 4))).compile()
+
     try:
         jax.config.update("jax_compilation_cache_dir", str(tmp_path))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
         executables._cache(True)
-        lowered.compile()
+        step()
         hits.clear()
         with executables.afresh():
-            lowered.compile()
+            step()
         assert not hits
-        lowered.compile()
+        step()
         assert hits
     finally:
         for name, value in before.items():

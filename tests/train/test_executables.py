@@ -1,6 +1,5 @@
 """Compiled steps that a run leaves are found by the next start, which traces none; those of another run are not."""
 
-import json
 import os
 import pathlib
 import subprocess
@@ -203,30 +202,27 @@ def test_places_that_cannot_be(tmp_path, monkeypatch):
 
 
 MESHED = """
-import sys, jax
+import json, pathlib, sys, jax
 jax.config.update("jax_num_cpu_devices", 4)
-from acejax.train.loop import train
-from tests.train.small import losses, make_config, make_stream
-import json, pathlib
-sizes = ((12, 8),)
-config = make_config(sizes)
-config.update({"steps": 2, "mesh": json.loads(sys.argv[3])})
-train(config, sys.argv[1], make_stream(2, sizes), executables=sys.argv[2])
-print(losses(pathlib.Path(sys.argv[1])))
+from acejax.train.executables import Place
+from tests.train.test_executables import SIZES, run, step
+run_folder, place = map(pathlib.Path, sys.argv[1:])
+print(run(run_folder, place, **{"mesh.data": 2, "mesh.fsdp": 2}))
+program, batch = step({"data": 1, "fsdp": 4})
+print(Place(str(place)).find(program, {12: batch}))
 """
 
 
 @pytest.mark.long
 def test_four_devices(tmp_path):
-    """One mesh's step is found by its next start, and not by another mesh's; losses are the same."""
-    def start(name, mesh):
-        done = subprocess.run([sys.executable, "-c", MESHED, str(tmp_path / name), str(tmp_path / "steps"),
-                               json.dumps(mesh)], env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
-                              capture_output=True, text=True, check=True)
-        return done.stdout, done.stdout.splitlines()[-1]
+    """A mesh's step is found by its next start, with the same losses, and not by another mesh."""
+    def start(name):
+        done = subprocess.run([sys.executable, "-c", MESHED, str(tmp_path / name), str(tmp_path / "steps")],
+                              env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True)
+        *lines, losses, other, found = done.stdout.splitlines()
+        assert "mesh.data is 2, here 1; mesh.fsdp is 2, here 4" in other and found == "{}"
+        return LOADS in lines, losses
 
     (tmp_path / "steps").mkdir()
-    first, second, other = (start(name, {"data": data, "fsdp": 4 // data, "tensor": 1, "seq": 1})
-                            for name, data in (("first", 2), ("second", 2), ("other", 1)))
-    assert LOADS not in first[0] and LOADS in second[0] and second[1] == first[1]
-    assert "mesh.data is 2, here 1; mesh.fsdp is 2, here 4" in other[0] and LOADS not in other[0]
+    first, second = start("first"), start("second")
+    assert (first[0], second[0]) == (False, True) and first[1] == second[1]

@@ -24,11 +24,11 @@ from acejax.errors import UserError
 from acejax.parallel import rules
 from acejax.parallel.chips import CHIPS, Topology, topology
 from acejax.parallel.mesh import abstract_mesh
-from acejax.train import plan_data
+from acejax.train import plan_data, saved
 from acejax.train.config import TrainConfig
 from acejax.train.plan import GB, Plan, plan, settled
 from acejax.train.plan_advice import Spare, spare
-from acejax.train.plan_compile import FLAGS, Compiled, compile_for, compile_step
+from acejax.train.plan_compile import FLAGS, Compiled, Kinds, compile_for, compile_step
 from acejax.train.plan_data import Samples
 from acejax.train.plan_remat import using
 from acejax.train.plan_run import whole
@@ -53,9 +53,11 @@ def main(argv: Sequence[str]) -> int:
     there = topology(values["topology"].value)
     if values["compile"].value and there.chip is not None:
         compiler.check(there)
+    _check_save(values, there)
     run = TrainConfig.of(config)
     text = values["text"].value or config.get("encoders", {}).get("text_length", 512)
     data, why = _data(config)
+    kinds = _kinds(values, config, data, why) if values["save"].value else None
     buckets = _buckets(run, config, there, values["tokens"].value, values["samples"].value, data)
     run = settled(run, buckets, text, there.chip, there.devices, there.slices)
     found = plan(run, buckets, text, there.chip, there.devices, values["efficiency"].value, there.slices)
@@ -71,8 +73,10 @@ def main(argv: Sequence[str]) -> int:
             good = _compare(found, made) and good
             report["compiled"] = dataclasses.asdict(made)
         else:
-            report["compiled"] = _in_child(argv, found, aot.ENVIRONMENT)
+            report["compiled"] = _in_child(argv, found, aot.ENVIRONMENT, kinds)
             print(report_table.table(report["compiled"], found.largest), flush=True)
+            if kinds:
+                print(_saved(values["save"].value, found, kinds), flush=True)
             good = report["compiled"]["peak"] <= there.chip.limit and good
     if path:
         written.write(path, (json.dumps(report, indent=1) + "\n").encode())
@@ -87,6 +91,39 @@ def _data(config: Any) -> tuple[Samples | None, str]:
         return plan_data.find(config), ""
     except UserError as error:
         return None, str(error)
+
+
+def _check_save(values: flags.FlagValues, there: Topology) -> None:
+    """What can be wrong with --save before anything is compiled."""
+    if not (save := values["save"].value):
+        return
+    if not values["compile"].value or there.chip is None:
+        raise UserError(f"plan: --save={save} goes with --compile and a TPU's topology, here is {there.name}; on CPUs "
+                        "and GPUs `acejax train --executables=FOLDER` saves what it compiles")
+    if not save.endswith(saved.SUFFIX):
+        raise UserError(f"plan: --save={save}: expected a name that ends in {saved.SUFFIX}, which `acejax train "
+                        "--executables=FOLDER` looks for")
+    written.check_place(save, "--save")
+
+
+def _kinds(values: flags.FlagValues, config: Any, data: Samples | None, why: str) -> Kinds:
+    """What the step to save depends on of the data: as given, else as the data has it."""
+    known = None if data is None else data.kinds
+    tasks, references = values["tasks"].value, values["references"].value
+    if known is None and (tasks is None or references is None):
+        raise UserError("plan: --save needs the data's tasks and references, which are not known ("
+                        f"{why or 'no sources'}); give --tasks=N and --references=N, the most of a sample")
+    return Kinds(max(count for _, count in known) if references is None else references,
+                 len({task for task, _ in known}) if tasks is None else tasks,
+                 config.data.get("canvas", {}).get("split", CanvasConfig.split),
+                 config.get("cache", {}).get("dtype", Kinds.dtype))
+
+
+def _saved(path: str, found: Plan, kinds: Kinds) -> str:
+    step, header = found.largest, saved.read(path)
+    return (f"saved to {path}: {header.size / 1e6:.1f} MB, the step of {step.samples} samples of {step.image}+"
+            f"{found.text} tokens, {kinds.references} references at most, {kinds.tasks} tasks; `acejax train "
+            "--executables` takes it where all else is the same (no chip has loaded one yet)")
 
 
 def _left(found: Plan, left: Sequence[Spare]) -> str:
@@ -128,11 +165,12 @@ def _buckets(run: TrainConfig, config: Any, there: Topology, tokens: int, sample
     return batch_sizes(sorted({picture, pictures * picture}), data.batch_tokens, parts)
 
 
-def _in_child(argv: Sequence[str], found: Plan, environment: dict[str, str]) -> dict[str, Any]:
+def _in_child(argv: Sequence[str], found: Plan, environment: dict[str, str], kinds: Kinds | None = None
+              ) -> dict[str, Any]:
     """The largest step, compiled by another process: what jax compiles for is settled before it starts."""
     where = "virtual CPU devices" if found.chip is None else found.chip.name
     print(f"\ncompiling the step for {found.devices} {where} ...", flush=True)
-    step = [found.remat, found.largest.samples, found.largest.image, found.text]
+    step = [kinds and dataclasses.asdict(kinds), found.remat, found.largest.samples, found.largest.image, found.text]
     child = subprocess.run([sys.executable, "-m", "acejax.cli.plan", json.dumps(step), *argv],
                            env=os.environ | environment, stdout=subprocess.PIPE, text=True, check=False)
     told = json.loads(child.stdout.splitlines()[-1]) if child.returncode in (0, REFUSED) else {}
@@ -149,12 +187,13 @@ def _virtual(devices: int) -> str:
 def _child(step: str, argv: Sequence[str]) -> None:
     """The other process of `_in_child`: prints what it found as the last line, or the error."""
     values, config = parse_config("plan", argv, _define)
-    there, (remat, *sizes) = topology(values["topology"].value), json.loads(step)
+    there, (kinds, remat, *sizes) = topology(values["topology"].value), json.loads(step)
     run = using(TrainConfig.of(config), remat)
     if there.chip is None:
         print(json.dumps(dataclasses.asdict(compile_step(run, *sizes))))
     else:
-        print(json.dumps(compile_for(run, there, *sizes).to_json()))
+        report = compile_for(run, there, *sizes, kinds=kinds and Kinds(**kinds), save=values["save"].value)
+        print(json.dumps(report.to_json()))
 
 
 def _compare(modelled: Plan, made: Compiled) -> bool:
@@ -187,6 +226,11 @@ def _define(values: flags.FlagValues) -> None:
     flags.DEFINE_boolean("compile", False, "Ask the compiler: a TPU's own, with libtpu (make aot), or XLA's for "
                          "virtual devices of cpu:N.",
                          flag_values=values)
+    flags.DEFINE_string("save", None, "With --compile, for a TPU: a file, on gs:// too, that gets the compiled step "
+                        "for `acejax train --executables`. Its name ends in .executable.", flag_values=values)
+    flags.DEFINE_integer("tasks", None, "Of the data, for --save; by default as the data has it.", lower_bound=1,
+                         flag_values=values)
+    flags.DEFINE_integer("references", None, "Likewise: the most of a sample.", lower_bound=0, flag_values=values)
     flags.DEFINE_string("json", None, "Where to write the plan as JSON.", flag_values=values)
 
 

@@ -27,18 +27,21 @@ def main(argv: Sequence[str]) -> int:
 
     split_cpu(values["cpu_devices"].value)
     with joined(values), lock(workdir):
-        _train(config, workdir, values["profile"].value, values["dump_hlo"].value)
+        _train(config, workdir, values["profile"].value, values["dump_hlo"].value, values["executables"].value)
     return 0
 
 
-def _train(config: ml_collections.ConfigDict, workdir: str, profile: str, dump_hlo: str) -> None:
+def _train(config: ml_collections.ConfigDict, workdir: str, profile: str, dump_hlo: str, executables: str) -> None:
     from acejax.parallel.processes import say
+    from acejax.train import executables as steps
     from acejax.train import loop
     from acejax.train.decode import make_decode
     from acejax.train.profile import window_of
     from acejax.train.validate import HeldOut
 
     window_of(profile)  # what is wrong with it is said before anything is encoded
+    if executables:
+        steps.check(executables)
 
     if config.get("data", {}).get("source") == "demo":
         from acejax.demo import job
@@ -59,7 +62,8 @@ def _train(config: ml_collections.ConfigDict, workdir: str, profile: str, dump_h
         claim_data(workdir, table.digest)  # with what is held out: that may not begin or end within a run
         stream = inputs.make_stream(data.stages, run.steps, data.batches, table, mesh, run.seed, data.max_broken,
                                     run.optimizer.accumulate)
-    _, seconds = loop.train(config, workdir, stream, held_out=held_out, profile=profile, dump_hlo=dump_hlo)
+    _, seconds = loop.train(config, workdir, stream, held_out=held_out, profile=profile, dump_hlo=dump_hlo,
+                            executables=executables)
     say(f"trained to step {config.steps}: {', '.join(f'{name} {value:.0f} s' for name, value in seconds.items())}")
 
 
@@ -70,5 +74,9 @@ def _define(values: flags.FlagValues) -> None:
     flags.DEFINE_string("workdir", None, "Where checkpoints and metrics go.", flag_values=values)
     flags.DEFINE_string("profile", "", "START:STOP: trace these steps into WORKDIR/profile, for TensorBoard, XProf and "
                         "Perfetto.", flag_values=values)
+    flags.DEFINE_string("executables", "", "A folder of compiled steps, which may be on gs://: those that are of this "
+                        "run are used without compiling, others are compiled and saved there. Or a file that `acejax "
+                        "plan --save` has written. They are programs: name none that you do not trust.",
+                        flag_values=values)
     flags.DEFINE_string("dump_hlo", "", "A folder that gets each compiled step as XLA's text, and the memory it takes.",
                         flag_values=values)

@@ -24,6 +24,7 @@ from acejax.parallel import mesh as meshes
 from acejax.parallel.chips import chip_of
 from acejax.train import lora as loras
 from acejax.train.config import AUTO, TrainConfig
+from acejax.train.executables import Place, afresh
 from acejax.train.export import Exports
 from acejax.train.plan import Plan, plan, remedy, settled
 from acejax.train.preemption import Preempted, Preemption
@@ -75,8 +76,8 @@ def _begun(workdir: epath.PathLike) -> bool:
 
 
 def train(config: ml_collections.ConfigDict, workdir: epath.PathLike, stream: Stream,
-          until: int | None = None, held_out: HeldOut | None = None, profile: str = "", dump_hlo: str = ""
-          ) -> tuple[TrainState, dict[str, float]]:
+          until: int | None = None, held_out: HeldOut | None = None, profile: str = "", dump_hlo: str = "",
+          executables: str = "") -> tuple[TrainState, dict[str, float]]:
     """Train to `config.steps`, taking up what the workdir holds.
 
     Args:
@@ -88,6 +89,7 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike, stream: St
       held_out: what `config.validation` is of, where there is any.
       profile: START:STOP, the steps that are traced into <workdir>/profile.
       dump_hlo: a folder that gets the compiled steps as text.
+      executables: where compiled steps are found (`acejax.train.executables.check`).
 
     Returns:
       The final state and seconds spent: compile, train.
@@ -101,12 +103,13 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike, stream: St
     if run.execution.remat == AUTO:
         run = _settled(run, stream)
     with Preemption() as preemption, memory.told(lambda: _remedy(run, stream)):
-        return _train(run, mesh, config, workdir, stream, until, preemption, held_out, profile, dump_hlo)
+        return _train(run, mesh, config, workdir, stream, until, preemption, held_out, profile, dump_hlo,
+                      executables)
 
 
 def _train(run: TrainConfig, mesh: Mesh, config: ml_collections.ConfigDict, workdir: epath.PathLike, stream: Stream,
-           until: int | None, preemption: Preemption, held_out: HeldOut | None, profile: str, dump_hlo: str
-           ) -> tuple[TrainState, dict[str, float]]:
+           until: int | None, preemption: Preemption, held_out: HeldOut | None, profile: str, dump_hlo: str,
+           executables: str) -> tuple[TrainState, dict[str, float]]:
     for bucket in stream.batch_sizes:
         rules.check_tokens(mesh, "a bucket of images", bucket)
     claim(workdir, config.to_dict(), FREE)
@@ -135,7 +138,8 @@ def _train(run: TrainConfig, mesh: Mesh, config: ml_collections.ConfigDict, work
         processes.say(_plan(run, stream, examples).line())
         kernels.warn_slow(run.execution.attention, kernels.device_of(mesh), _longest(examples), run.execution.dtype,
                           run.model.head_dim, "config.execution.")
-        compiled = _compile(program, {bucket: put(batch) for bucket, batch in examples.items()}, frozen)
+        compiled = _compile(program, {bucket: put(batch) for bucket, batch in examples.items()}, frozen,
+                            Place(executables))
     for bucket, step in compiled.items() if dump_hlo else ():
         write_hlo(dump_hlo, f"train_step_{bucket}_tokens", step)
     seconds = {"compile": time.time() - started}
@@ -239,10 +243,16 @@ def _remedy(run: TrainConfig, stream: Stream) -> str:
     return f"it was planned:\n{found.table()}\n{remedy(run, found, stream.batch_sizes)}"
 
 
-def _compile(program: Program, examples: dict[int, dict[str, Any]], frozen: Any) -> dict[int, Callable]:
-    """One compiled step for each bucket that the run will meet, made side by side."""
-    processes.say(f"compiling the training step for {len(examples)} numbers of tokens ...")
-    with concurrent.futures.ThreadPoolExecutor() as pool:
+def _compile(program: Program, examples: dict[int, dict[str, Any]], frozen: Any, place: Place) -> dict[int, Callable]:
+    """One compiled step for each bucket that the run will meet: found, or made side by side and left for next time."""
+    found = place.find(program, examples)
+    missing = {bucket: batch for bucket, batch in examples.items() if bucket not in found}
+    if not missing:
+        return found
+    processes.say(f"compiling the training step for {len(missing)} numbers of tokens ...")
+    with concurrent.futures.ThreadPoolExecutor() as pool, afresh() if place.keeps else contextlib.nullcontext():
         lowered = {bucket: program.step.lower(program.state, batch, frozen=frozen)
-                   for bucket, batch in examples.items()}
-        return dict(zip(lowered, pool.map(lambda low: low.compile(), lowered.values()), strict=True))
+                   for bucket, batch in missing.items()}
+        made = dict(zip(lowered, pool.map(lambda low: low.compile(), lowered.values()), strict=True))
+    place.keep(program, missing, made)
+    return found | made

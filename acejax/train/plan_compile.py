@@ -5,14 +5,16 @@ would run, but for what `OPTIONS` and `acejax.train.plan_memory.BACKENDS` tell.
 """
 
 import collections
+import contextlib
 import dataclasses
 import re
 import time
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from etils import epath
 from jax.sharding import Mesh
 
 from acejax.aot import compiler
@@ -21,6 +23,7 @@ from acejax.parallel import mesh as meshes
 from acejax.parallel import rules
 from acejax.parallel.chips import Topology
 from acejax.parallel.options import options
+from acejax.train import executables
 from acejax.train.config import TrainConfig
 from acejax.train.program import Program, place
 from acejax.train.stacks import STACKS
@@ -51,6 +54,23 @@ class Compiled:
     repeated_reductions: tuple[str, ...]
 
 
+@dataclasses.dataclass(frozen=True)
+class Kinds:
+    """What a step depends on of a run's data, beside the shapes of a batch.
+
+    Attributes:
+      references: the most of a sample.
+      tasks: how many there are.
+      split: `data.canvas.split`: batches have `modify`.
+      dtype: the cache's.
+    """
+
+    references: int = 1
+    tasks: int = 8
+    split: bool = True
+    dtype: str = "bfloat16"
+
+
 def abstract_batch(model: MMDiTConfig, samples: int, image: int, text: int, dtype: Any = jnp.bfloat16
                    ) -> dict[str, Any]:
     """A batch of features (`acejax.data.stream.Batch`) as ShapeDtypeStructs; `dtype` is the cache's."""
@@ -71,10 +91,7 @@ def compile_step(run: TrainConfig, samples: int, image: int, text: int) -> Compi
       samples: of a batch, over all devices.
       image, text: tokens of a sample.
     """
-    mesh = meshes.make_mesh(run.mesh)
-    rules.check_batch(mesh, samples, run.optimizer.accumulate)
-    program, batch = Program.of(run, mesh, references=1, tasks=8), abstract_batch(run.model, samples, image, text)
-    batch = place(batch, dict.fromkeys(batch, rules.batch_sharding(mesh)))
+    program, batch = step_on(run, meshes.make_mesh(run.mesh), samples, image, text)
     started = time.perf_counter()
     lowered = program.step.lower(program.state, batch, frozen=program.frozen)
     compiled = lowered.compile(OPTIONS if jax.default_backend() == "cpu" else None)
@@ -86,29 +103,37 @@ def compile_step(run: TrainConfig, samples: int, image: int, text: int) -> Compi
                     repeated_reductions(hlo, params, {samples, part, image, text, image + text}))
 
 
-def lower_for(run: TrainConfig, topology: Topology, samples: int, image: int, text: int) -> jax.stages.Lowered:
-    """The step of one bucket for TPUs that are not here; arguments as of `compile_step`."""
-    mesh = meshes.make_mesh(run.mesh, compiler.devices(topology))
-    return _lower(run, mesh, samples, image, text)
-
-
-def compile_for(run: TrainConfig, topology: Topology, samples: int, image: int, text: int, schedules: bool = True
-                ) -> compiler.Report:
+def compile_for(run: TrainConfig, topology: Topology, samples: int, image: int, text: int, schedules: bool = True,
+                kinds: Kinds | None = None, save: epath.PathLike | None = None) -> compiler.Report:
     """What the TPU's compiler says of the step of one bucket; arguments as of `compile_step`.
 
+    Args:
+      schedules: as of `acejax.aot.compiler.compile`.
+      kinds: of the run's data.
+      save: a file that gets the compiled step (`acejax.train.executables`).
+
     Raises:
-      UserError: libtpu is not here, or the step does not fit or does not compile.
+      UserError: libtpu is not here, or the step does not fit or does not compile, or it can't be saved.
     """
-    lowered = lower_for(run, topology, samples, image, text)
+    program, batch = step_on(run, meshes.make_mesh(run.mesh, compiler.devices(topology)), samples, image, text, kinds)
+    lowered = program.step.lower(program.state, batch, frozen=program.frozen)
     used = options("tpu", run.execution.compiler_options) or {}
-    return compiler.compile(lowered, topology, used, schedules)[1]
+    with executables.afresh() if save else contextlib.nullcontext():
+        compiled, report = compiler.compile(lowered, topology, used, schedules)
+    if save:
+        executables.save(save, program, batch, compiled)
+    return report
 
 
-def _lower(run: TrainConfig, mesh: Mesh, samples: int, image: int, text: int) -> jax.stages.Lowered:
+def step_on(run: TrainConfig, mesh: Mesh, samples: int, image: int, text: int, kinds: Kinds | None = None
+            ) -> tuple[Program, Mapping[str, jax.ShapeDtypeStruct]]:
+    """The step on a mesh, whose devices need not be here, and a batch of one bucket for it."""
+    kinds = kinds or Kinds()
     rules.check_batch(mesh, samples, run.optimizer.accumulate)
-    program, batch = Program.of(run, mesh, references=1, tasks=8), abstract_batch(run.model, samples, image, text)
-    batch = place(batch, dict.fromkeys(batch, rules.batch_sharding(mesh)))
-    return program.step.lower(program.state, batch, frozen=program.frozen)
+    batch = abstract_batch(run.model, samples, image, text, jnp.dtype(kinds.dtype))
+    batch = {name: leaf for name, leaf in batch.items() if kinds.split or name != "modify"}
+    return (Program.of(run, mesh, kinds.references, kinds.tasks),
+            place(batch, dict.fromkeys(batch, rules.batch_sharding(mesh))))
 
 
 def stack_gathers(hlo: str, params: Any) -> tuple[str, ...]:

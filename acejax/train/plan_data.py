@@ -28,12 +28,14 @@ class Samples:
       tokens: image tokens of each, [count]; None where nobody knows before the features are made (a TFDS dataset).
       origin: where that stands, and how many of them were looked at where it is not all.
       cached: bytes of the feature cache, 0 where there is none yet.
+      kinds: (task, references) of the samples, each once; None where nobody knows.
     """
 
     count: int
     tokens: np.ndarray | None
     origin: str
     cached: int = 0
+    kinds: frozenset[tuple[str, int]] | None = None
 
     @property
     def total(self) -> float | None:
@@ -55,7 +57,8 @@ def find(config: Mapping[str, Any]) -> Samples:
     tokens = np.concatenate([part.tokens for part in parts]) if known else None
     origins = ", ".join(dict.fromkeys(part.origin for part in parts))
     cached = max(part.cached for part in parts) if all(part.cached for part in parts) else 0
-    return Samples(sum(part.count for part in parts), tokens, origins, cached)
+    kinds = None if None in (each := [part.kinds for part in parts]) else frozenset().union(*each)
+    return Samples(sum(part.count for part in parts), tokens, origins, cached, kinds)
 
 
 def _cached(data: DataConfig, name: str) -> Samples | None:
@@ -75,7 +78,9 @@ def _cached(data: DataConfig, name: str) -> Samples | None:
     features = Features(folder, [max(found, key=lambda one: one[0])[1]])
     shards = folder / "shards"
     nbytes = sum(path.stat().length for path in shards.iterdir()) if shards.exists() else 0
-    return Samples(len(features), features.tokens, "the feature cache", nbytes)
+    kinds = frozenset((features.tasks[task], int(count)) for task, count in {
+        *zip(features.task.tolist(), features.references.tolist(), strict=True)})
+    return Samples(len(features), features.tokens, "the feature cache", nbytes, kinds)
 
 
 def _opened(canvas: CanvasConfig, source: SourceConfig) -> Samples:
@@ -91,4 +96,5 @@ def _opened(canvas: CanvasConfig, source: SourceConfig) -> Samples:
     tokens = np.array([check.tokens_of(canvas, row, seen, rng) for row in good], np.int64)
     # lines that were not looked at are as those that were
     looked = "" if len(good) == len(read.rows) else f", by {len(good)} of its samples"
-    return Samples(len(read.rows), np.resize(tokens, len(read.rows)) if len(tokens) else None, f"the manifest{looked}")
+    return Samples(len(read.rows), np.resize(tokens, len(read.rows)) if len(tokens) else None, f"the manifest{looked}",
+                   kinds=frozenset(opened.kinds))

@@ -21,3 +21,18 @@ def test_recorded_figures(name):
 def test_a_command_that_fails_is_told(tmp_path):
     with pytest.raises(RuntimeError, match="ended with 2: acejax: picture nosuch.png: no such file"):
         startup.start(tmp_path, ["edit", "--demo", "--image=nosuch.png", "--prompt=x", f"--out={tmp_path / 'o.png'}"])
+
+
+def test_a_run_is_started_with_saved_executables_as_well(tmp_path, monkeypatch):
+    """Each kind first and then again, of which the median is told; an edit has no step to save."""
+    def start(place, argv, environment=None):
+        started.append((place.name, [arg for arg in argv if "executables" in arg]))
+        return {"seconds": float(len(started)), "programs": 9, "compiled": 0}
+
+    monkeypatch.setattr(startup, "start", start)
+    monkeypatch.setattr(startup.shutil, "rmtree", lambda path: None)
+    started = []
+    found = startup._measure(tmp_path, startup._train, 2)
+    own, others = f"--executables={tmp_path / 'saved executable' / 'steps'}", ["ours", "jax's thresholds"]
+    assert started == 3 * [*((name, []) for name in others), ("saved executable", [own])]
+    assert found["first, saved executable"]["seconds"] == 3 and found["second, saved executable"]["seconds"] == 7.5

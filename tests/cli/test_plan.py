@@ -5,7 +5,9 @@ import json
 import pytest
 
 from acejax.aot import compiler
+from acejax.cli import plan as command
 from acejax.cli.main import main
+from acejax.train.plan_compile import Kinds
 from tests.counts import count
 from tests.data import drawn
 
@@ -76,6 +78,9 @@ def test_the_demo_is_planned_by_its_batch_sizes(capsys):
     (["--topology=h100x8", "--tokens=4096", "--compile"], "only TPUs can be compiled for without one, or cpu:N"),
     (["--topology=cpu:8", "--tokens=4096", "--config.execution.attention=cudnn", "--compile"],
      "plan: attention is 'cudnn': cudnn is a kernel for CUDA GPUs, here is a cpu"),
+    (["--topology=cpu:8", "--tokens=4096", "--compile", "--save=a.executable"],
+     "plan: --save=a.executable goes with --compile and a TPU's topology, here is cpu:8"),
+    (["--topology=v6e-8", "--tokens=4096", "--save=a.executable"], "--save=a.executable goes with --compile"),
     (["--topology=v6e-8", "--tokens=4096", "--config.execution.attention=splash"], "attention is 'splash'; known: "),
 ])
 def test_mistakes(flags, message, capsys):
@@ -88,6 +93,38 @@ def test_without_libtpu_nothing_is_planned_first(capsys, monkeypatch):
     assert main([*ACE, "--topology=v6e-8", "--tokens=4096", "--compile"]) == 2
     told = capsys.readouterr()
     assert "needs libtpu, which is not installed here; `make aot`" in told.err and not told.out
+
+
+def saving(monkeypatch, *flags):
+    """`plan --save` of a step whose compiler is not asked: what it would be asked for."""
+    asked = []
+    monkeypatch.setattr(compiler, "check", lambda topology=None: None)
+    monkeypatch.setattr(command, "_in_child", lambda argv, found, where, kinds: asked.append(kinds) or {"peak": 0})
+    monkeypatch.setattr(command.report_table, "table", lambda report, step: "")
+    monkeypatch.setattr(command, "_saved", lambda path, found, kinds: "saved")
+    code = main([*ACE, "--topology=v6e-8", "--tokens=512", *SMALL, "--compile", *flags])
+    return code, asked
+
+
+def test_what_is_saved_is_of_the_data(tmp_path, monkeypatch, capsys):
+    file = f"--save={tmp_path / 'a.executable'}"
+    rows = drawn.write(tmp_path / "data", drawn.samples(6))
+    assert saving(monkeypatch, file, f"--config.data.sources.mine.path={rows}") == (0, [Kinds(2, 2, True, "bfloat16")])
+    given = ["--tasks=5", "--references=3", "--config.cache.dtype=float32"]
+    assert saving(monkeypatch, file, *given) == (0, [Kinds(3, 5, True, "float32")])
+    capsys.readouterr()
+    assert saving(monkeypatch, file) == (2, [])
+    assert "--save needs the data's tasks and references, which are not known (manifest.jsonl: no such file" in (
+        capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("path, told", [
+    ("a.bin", "--save=a.bin: expected a name that ends in .executable"),
+    ("nosuch/a.executable", "--save=nosuch/a.executable: its folder is not there"),
+])
+def test_places_where_no_step_can_be_saved(monkeypatch, capsys, path, told):
+    assert saving(monkeypatch, f"--save={path}", "--tasks=1", "--references=0") == (2, [])
+    assert told in capsys.readouterr().err
 
 
 @pytest.mark.long

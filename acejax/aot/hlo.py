@@ -163,7 +163,7 @@ class _Reader:
                 yield from self.run(instruction.attribute("body"), calls * self.trips(instruction))
             elif instruction.kind == "conditional":
                 yield from self.run(max(instruction.branches(), key=self.cost), calls)
-            elif instruction.kind in ("call", "async-start"):
+            elif instruction.kind in ("call", "call-start", "async-start"):  # v7x's SparseCores run the second kind
                 yield from self.run(instruction.attribute("to_apply") or instruction.attribute("calls"), calls)
 
     def cost(self, name: str) -> int:

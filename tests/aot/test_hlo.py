@@ -60,6 +60,17 @@ def test_a_collective_in_two_parts_counts_once():
     assert hlo.read(program(main)).collectives == {"all-gather": 64 * 16 * 2}
 
 
+def test_a_collective_of_another_core():
+    """As v7x's SparseCores run them: started by a call, whose result is a mark."""
+    other = computation(
+        "called", "%p.0 = bf16[8,16]{1,0} parameter(0)",
+        "ROOT %all-gather.1 = bf16[64,16]{1,0} all-gather(%p.0), channel_id=1") + ', execution_thread="sparsecore"'
+    main = computation(
+        "main", "%start = ((), (), (s32[1]{0})) call-start(), async_execution_thread=\"sparsecore\", to_apply=%called",
+        "%done = () call-done(%start)", entry=True)
+    assert hlo.read(program(other, main)).collectives == {"all-gather": 64 * 16 * 2}
+
+
 def test_bytes_are_the_larger_of_what_is_taken_and_given():
     main = computation(
         "main", "%p.0 = f32[64,16]{1,0} parameter(0)", "%p.1 = f32[8]{0} parameter(1)",

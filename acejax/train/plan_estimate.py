@@ -187,7 +187,7 @@ def estimate(run: TrainConfig, buckets: Mapping[int, int], text: int, chip: Chip
     for image, samples in buckets.items():
         rules.check_batch(mesh, samples, run.optimizer.accumulate)
         rules.check_tokens(mesh, "image", image)
-        step = _step(run, mesh, image, samples, text, backend)
+        step = _step(run, mesh, image, samples, text, backend, slices)
         if chip is not None:
             taken = times(run, mesh, samples, text + image, step.hardware_flops, chip, share, domain,
                           step.offloaded)
@@ -211,7 +211,8 @@ def check_slices(mesh: AbstractMesh, slices: int) -> None:
                     f"not go over the slow network between them; expected data a multiple of {slices}: {works}")
 
 
-def _step(run: TrainConfig, mesh: AbstractMesh, image: int, samples: int, text: int, backend: str) -> Step:
+def _step(run: TrainConfig, mesh: AbstractMesh, image: int, samples: int, text: int, backend: str, slices: int
+          ) -> Step:
     """Memory and FLOPs of a bucket's step."""
     once = flops.forward(run.model, text, image, samples)
     pairs = run.lora and lora.pairs(run.lora, run.model)
@@ -219,7 +220,8 @@ def _step(run: TrainConfig, mesh: AbstractMesh, image: int, samples: int, text: 
     added = flops.low_rank(pairs, text, image, samples) if pairs and run.execution.remat != remat.NONE else 0
     hardware = model + added + _recomputed(run, once, samples, text + image, backend)
     return Step(image, samples, samples * (text + image), attention_of(run, text + image, backend), model,
-                hardware, memory(run, mesh, samples, image, text, backend), offloaded(run, mesh, samples, text + image))
+                hardware, memory(run, mesh, samples, image, text, backend, slices),
+                offloaded(run, mesh, samples, text + image))
 
 
 def _recomputed(run: TrainConfig, once: flops.Flops, samples: int, tokens: int, backend: str) -> float:

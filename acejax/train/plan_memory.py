@@ -93,6 +93,8 @@ BACKENDS = {
     "rocm": Backend(mlp=16, heads=8, hidden=4, logits=3, gathered=_two_blocks, vectors=133, reserve=1.5e9),
     "tpu": Backend(mlp=8, heads=7, hidden=3, logits=3, gathered=_own_block, vectors=0, reserve=0.15e9, apart=True),
 }
+SLICED = 4  # single blocks whose gathered weights a TPU's peak has more where the step goes over several slices: read
+#             off the one peak that is known, v5e-256x2's, 0.89 GB above v5e-256's
 MUON = 2.7  # copies of the gradients while Muon goes through the stacks: what it changes in place is copied before
 RELAID = 2 * 8 / 6  # modulation kernels of double blocks that a TPU's AdamW makes anew beside the old: of two leaves,
 #                     parameter and moments, in a layout in which their 6 vectors take 8 rows
@@ -146,8 +148,9 @@ class Memory:
         return sum(dataclasses.asdict(self).values())
 
 
-def memory(run: TrainConfig, mesh: AbstractMesh, samples: int, image: int, text: int, backend: str) -> Memory:
-    """Bytes of one device in a step over `samples` of `image` and `text` tokens.
+def memory(run: TrainConfig, mesh: AbstractMesh, samples: int, image: int, text: int, backend: str, slices: int = 1
+           ) -> Memory:
+    """Bytes of one device in a step over `samples` of `image` and `text` tokens, on so many slices.
 
     With B samples a device and a part of the batch, N tokens, H heads, A = B N hidden_size / seq arrays of the
     activations' dtype:
@@ -163,7 +166,8 @@ def memory(run: TrainConfig, mesh: AbstractMesh, samples: int, image: int, text:
     size = jnp.dtype(run.optimizer.param_dtype).itemsize
     summed = 4 / size * parameters  # as float32
     batch = abstract_batch(model, 1, image, text)
-    phase = max(_phases(run, mesh, samples, image + text, backend), key=lambda phase: sum(phase.values()))
+    phases = _phases(run, mesh, samples, image + text, backend, slices)
+    phase = max(phases, key=lambda phase: sum(phase.values()))
     vectors = 4 * samples / accumulate * model.hidden_size * held.vectors
     found = Memory(
         frozen=frozen, parameters=parameters, optimizer=optimizer, average=summed if run.optimizer.ema else 0.0,
@@ -176,7 +180,8 @@ def memory(run: TrainConfig, mesh: AbstractMesh, samples: int, image: int, text:
     return dataclasses.replace(found, updating=max(0.0, updating - sum(phase.values()) - vectors))
 
 
-def _phases(run: TrainConfig, mesh: AbstractMesh, samples: int, tokens: int, backend: str) -> list[dict[str, float]]:
+def _phases(run: TrainConfig, mesh: AbstractMesh, samples: int, tokens: int, backend: str, slices: int
+            ) -> list[dict[str, float]]:
     """What is live beside the step's arguments, as fields of `Memory`, at the moments that may be the largest: in the
     backward pass of a single block, and of a double block."""
     model, dtype, held = run.model, jnp.dtype(run.execution.dtype), BACKENDS[backend]
@@ -186,6 +191,7 @@ def _phases(run: TrainConfig, mesh: AbstractMesh, samples: int, tokens: int, bac
     working = array * ((held.mlp + held.heads) / tensor + held.hidden)
     working += _logits(run, local, tokens, held, backend) / (tensor * seq)
     double, single = (block / tensor for block in held.gathered(model, dtype.itemsize))
+    ahead = SLICED * single if slices > 1 and backend == "tpu" else 0.0
     of_double, of_single = _saved(run, array, tensor)
     working += max(_values(run, array, tensor, host=True))
     of_all, of_singles, copied_double, copied_single = stack_bytes(model, run.lora, run.optimizer, dtype.name, mesh,
@@ -197,11 +203,11 @@ def _phases(run: TrainConfig, mesh: AbstractMesh, samples: int, tokens: int, bac
         copied_double = copied_single = 0.0  # its loops take a layer at a time
     if not held.apart:
         return [{"copies": 0.0, "gradients": of_all + carried, "saved": of_double + of_single, "working": working,
-                 "gathered": max(double, single)}]
+                 "gathered": max(double, single) + ahead}]
     return [{"copies": copied_double + copied_single, "gradients": of_singles + carried, "saved": of_double + of_single,
-             "working": working, "gathered": single},
+             "working": working, "gathered": single + ahead},
             {"copies": copied_double, "gradients": of_all + carried, "saved": of_double, "working": working,
-             "gathered": double}]
+             "gathered": double + ahead}]
 
 
 def _saved(run: TrainConfig, array: float, tensor: int) -> list[float]:

@@ -21,6 +21,8 @@ PEAKS = [  # topology, mesh, samples a device, remat, peak, arguments
     ("v5p-128", {"data": 4, "fsdp": 16}, 2, "attention,out", 22.801, 8.981),
     ("v5e-256", {"fsdp": 256}, 1, "full", 3.435, 0.679),
     ("v6e-256", {"fsdp": 256}, 1, "full", 3.312, 0.679),
+    ("v7x-64", {"data": 2, "fsdp": 32}, 1, "full", 8.488, 4.511),
+    ("v5e-256x2", {"data": 2, "fsdp": 256}, 1, "full", 4.274, 0.679),
 ]
 
 

@@ -116,8 +116,9 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="acejax bench tpu", description=__doc__.splitlines()[0])
     parser.add_argument("--against", metavar="REV", help="a commit, compiled likewise: both values and their ratio")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="figures whose names start so")
-    parser.add_argument("--json", type=pathlib.Path, metavar="FILE", default=RESULTS,
-                        help=f"write the figures there; by default {RESULTS.relative_to(CHECKOUT)} where all are made")
+    parser.add_argument("--json", type=pathlib.Path, metavar="FILE",
+                        help=f"write the figures there; by default {RESULTS.relative_to(CHECKOUT)} where all are made. "
+                             "With --only the file keeps its other rows, each with its own date and commit")
     parser.add_argument("--cache", type=pathlib.Path, metavar="FOLDER", default=CACHE,
                         help="of compiled programs, so that a run that was interrupted goes on; by default "
                              f"{CACHE.relative_to(CHECKOUT)}")
@@ -125,9 +126,10 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     compiler.check()
     figures = chosen(args.only)
-    if args.only and args.json == RESULTS:
-        args.json = None  # a part is no record
+    if args.json is None and not args.only:
+        args.json = RESULTS
     check_place(args.json)
+    others = _others(args.json, args.against, figures) if args.only and args.json else []
     rows = []
     with _checkout(args.against) as older:
         for count, figure in enumerate(figures, 1):
@@ -135,9 +137,26 @@ def main(argv: list[str]) -> int:
             rows.append(measure(figure, older, args.cache.resolve(), args.fresh))
             print(f"      {line(rows[-1])}", flush=True)
     if args.json:
-        args.json.write_text(json.dumps(report(rows, args.against, argv), indent=1) + "\n")
+        args.json.write_text(json.dumps(report([*others, *rows], args.against, argv), indent=1) + "\n")
     print("\n" + "\n".join(line(row) for row in rows))
     return 0 if all(row["holds"] is not False for row in rows) else 1
+
+
+def _others(path: pathlib.Path, against: str | None, figures: Sequence[Figure]) -> list[dict[str, Any]]:
+    """The rows of a record that are not made now.
+
+    Raises:
+      UserError: they were held against another commit.
+    """
+    if not path.is_file():
+        return []
+    record = json.loads(path.read_text())
+    older = against and _git("rev-parse", "--short", against)
+    if record["against"] != older:
+        raise UserError(f"--json={path}: its rows are against {record['against']}, found --against {older}; expected "
+                        "the same, or another file")
+    made = {figure.name for figure in figures}
+    return [row for row in record["rows"] if row["figure"] not in made]
 
 
 def chosen(only: Sequence[str] | None) -> list[Figure]:
@@ -190,7 +209,8 @@ def measure(figure: Figure, older: pathlib.Path | None, cache: pathlib.Path = CA
     ours = side(figure, CHECKOUT, cache, fresh)
     against = side(figure, older, cache, fresh) if older else None
     row = {"figure": figure.name, "unit": figure.unit, "ours": ours["value"],
-           "against": against and against["value"]}
+           "against": against and against["value"], "date": datetime.date.today().isoformat(),
+           "commit": _git("describe", "--always", "--dirty")}
     return row | judge(figure, row["ours"], row["against"]) | {"details": {"ours": ours, "against": against}}
 
 
@@ -261,10 +281,12 @@ def line(row: Mapping[str, Any]) -> str:
 
 
 def report(rows: Sequence[Mapping[str, Any]], against: str | None, argv: Sequence[str]) -> dict[str, Any]:
-    """The record of a run."""
+    """The record of a run, its rows in the order of `FIGURES`."""
+    order = [figure.name for figure in FIGURES]
+    rows = sorted(rows, key=lambda row: order.index(row["figure"]))
     return {
         "command": " ".join(["acejax bench tpu", *argv]), "date": datetime.date.today().isoformat(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores; compiled for TPUs that are not here",
         "versions": tpu_run.versions(), "against": against and _git("rev-parse", "--short", against),
-        "tokens": {"text": TEXT, "image": IMAGE}, "rows": list(rows),
+        "tokens": {"text": TEXT, "image": IMAGE}, "rows": rows,
         "holds": all(row["holds"] is not False for row in rows)}

@@ -108,6 +108,17 @@ def test_a_commit_that_is_not_there():
         pass
 
 
+def test_rows_that_are_not_made_again_stay(tmp_path, monkeypatch):
+    monkeypatch.setattr(tpu, "_git", lambda *arguments: "abc")
+    path, rows = tmp_path / "tpu.json", [{"figure": name} for name in ("attention v6e", "full v6e-8")]
+    made = [figure for figure in tpu.FIGURES if figure.name == "full v6e-8"]
+    assert tpu._others(path, "abc", made) == []
+    path.write_text(json.dumps({"against": "abc", "rows": rows}))
+    assert tpu._others(path, "abc", made) == rows[:1]
+    with pytest.raises(UserError, match="its rows are against abc, found --against None"):
+        tpu._others(path, None, made)
+
+
 RESULTS = Path(tpu.__file__).parent / "results" / "tpu.json"
 
 

@@ -27,7 +27,7 @@ def test_the_largest_tiles_are_the_caps(chip):
 
 
 @needs_libtpu
-@pytest.mark.parametrize("chip", TARGETS)
+@pytest.mark.parametrize("chip", ["v5e", pytest.param("v5p", marks=pytest.mark.soak), "v6e", "v7x"])  # v5p has v5e's
 def test_an_entry_compiles(chip):
     calls = {f"attention_{way}(s32[1], {', '.join([f'bf16[1,{FULL},{attention.HEAD}]'] * count)})": 1
              for way, count in (("forward", 3), ("backward", 4))}

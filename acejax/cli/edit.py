@@ -16,8 +16,8 @@ from acejax.errors import UserError
 
 PICTURES = ("image", "mask", "reference", "control")
 KEPT = ("task", "prompt", "size", "scale", "seed", "steps", "guidance", "step_cache", "measure_cache", "grow", "crop",
-        "paste", "parity", "batch", "manifest", "overwrite", "warm_up", "json", "dtype", "eight_bits", "staged",
-        "offload", "tile", "mesh")  # a record tells them
+        "paste", "parity", "batch", "manifest", "overwrite", "warm_up", "json", "dtype", "eight_bits",
+        "int8_products", "staged", "offload", "tile", "mesh")  # a record tells them
 
 
 def main(argv: Sequence[str]) -> int:

@@ -22,8 +22,9 @@ from acejax.weights import hub
 
 Lora = tuple[str, float]  # file, strength
 Used = Callable[[Hashes], list[tuple]]  # fields of the `File`s that are read
-FLAGS = ("demo", "weights", "base", "dtype", "eight_bits", "staged", "offload", "tile", "mesh", "contour", "depth")
-SWITCHES = ("demo", "staged", "offload")
+FLAGS = ("demo", "weights", "base", "dtype", "eight_bits", "int8_products", "staged", "offload", "tile", "mesh",
+         "contour", "depth")
+SWITCHES = ("demo", "int8_products", "staged", "offload")
 PATHS = ("weights", "base", "contour", "depth")
 PARTS = ("vae", "text_encoder_2", "text_encoder", "tokenizer", "tokenizer_2")
 NOTES = pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache")) / "acejax" / "hashes.json"
@@ -106,6 +107,7 @@ def _released(flags: Mapping[str, Any], loras: Sequence[Lora], parity: str | Non
     encoders = EncodersConfig(*(f"{base}/{part}" for part in PARTS[:3]), tokenizers=base, dtype=dtype,
                               tile=_tile(flags["tile"]), reference=parity == "reference")
     models = Models(ModelsConfig(flags["weights"] or base, encoders, dtype, eight_bits=flags["eight_bits"],
+                                 int8_products=bool(flags["int8_products"]),
                                  staged=flags["staged"], offload=flags["offload"], mesh=_mesh(flags["mesh"])), NOTES)
     maps = {name: flags[name] for name in ("contour", "depth") if flags[name]}
     profile = Profile.of(models.config, parity)

@@ -19,6 +19,8 @@ def define_weights(values: flags.FlagValues) -> None:
     flags.DEFINE_multi_string("lora", None, "FILE[:SCALE] of a LoRA; may be given several times.", flag_values=values)
     text("dtype", "Of FLUX's weights and activations: bfloat16, float16 or float32; with --demo always float32.")
     text("eight_bits", "Keep the transformer's kernels as int8 or float8.")
+    switch("int8_products", "Multiply kernels that are kept as int8 as they are, with activations rounded token by "
+           "token: faster where a chip multiplies int8 faster, and less exact.")
     switch("staged", "For small cards: text encoders and transformer are never in memory together.")
     switch("offload", "Keep on the host what is used once an edit: 6.5 GB of FLUX's transformer.")
     text("tile", "Encode and decode pictures in squares of so many cells of 8 pixels (64), one after the other: less "

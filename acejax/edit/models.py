@@ -50,6 +50,7 @@ class ModelsConfig:
       dtype: of the transformer's weights and activations.
       attention: an implementation of `acejax.model.attention`; "auto" is the platform's fast one.
       eight_bits: keep the blocks' kernels as "int8" or "float8".
+      int8_products: multiply kernels in int8 as they are (`acejax.Execution.int8_products`).
       staged: read T5 and CLIP, use them, let go of them, and then read the transformer; and so again for new prompts.
       offload: keep what makes modulation on the host (6.5 GB of FLUX's).
       mesh: sizes of the axes over which the transformer is spread (`acejax.parallel.mesh`); None is one device. The
@@ -61,6 +62,7 @@ class ModelsConfig:
     dtype: str = "bfloat16"
     attention: str = "auto"
     eight_bits: str | None = None
+    int8_products: bool = False
     staged: bool = False
     offload: bool = False
     mesh: Mapping[str, int] | None = None
@@ -70,6 +72,8 @@ class ModelsConfig:
             if getattr(self, field) not in known:
                 raise UserError(f"{field} is {getattr(self, field)!r}; expected one of "
                                 f"{', '.join(str(name) for name in known if name)}")
+        if self.int8_products and self.eight_bits != "int8":
+            raise UserError(f"int8_products with eight_bits={self.eight_bits}; expected eight_bits=int8 with it")
 
 
 class Models:
@@ -192,8 +196,8 @@ class Models:
             params, quant = jax.tree.map(lambda leaf: leaf.astype(dtype), params), None
             if how.eight_bits:
                 params, quant = quantize(params, how.eight_bits)
-        return Sampler(self.config, params, quant=quant, execution=Execution(dtype, how.attention), mesh=self._mesh,
-                       offload=how.offload)
+        execution = Execution(dtype, how.attention, int8_products=how.int8_products)
+        return Sampler(self.config, params, quant=quant, execution=execution, mesh=self._mesh, offload=how.offload)
 
 
 def _open(source: str) -> Model | str:

@@ -214,6 +214,8 @@ class Execution:
       dtype: dtype of activations and matrix products; parameters are cast to it where they are used.
       reduce_dtype: dtype in which gradients of parameters are summed, over tokens, samples and devices, and travel
         between devices; None is `dtype`. With another one the model has no forward-mode derivative.
+      int8_products: multiply kernels that are held in int8 as they are, with activations rounded token by token
+        (`acejax.model.int8`), in place of casting them to `dtype`. It has no forward-mode derivative.
       attention: an implementation of `acejax.model.attention`. In the pure functions "auto" goes by the number of
         tokens alone ("xla" up to 1,024, "xla_chunked" above), so that a program compiled ahead of time does not depend
         on the host's device; `for_platform` names the fast kernel of a GPU or TPU, as training and editing do by
@@ -238,6 +240,7 @@ class Execution:
     remat: str = "none"
     chip: str = ""
     reduce_dtype: Any = None
+    int8_products: bool = False
     constrain: "Callable[[jax.Array, str], jax.Array]" = keep
     gather: "Callable[[jax.Array, str], jax.Array]" = stored
     share: "Callable[[Callable[..., jax.Array], str], Callable[..., jax.Array]]" = whole

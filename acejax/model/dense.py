@@ -1,6 +1,7 @@
 """The linear layer: the only place where a weight matrix meets an activation."""
 
 import functools
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,10 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from acejax.model import int8
 from acejax.model.config import stored
+
+Multiply = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 class Dense(nn.Module):
@@ -26,6 +30,8 @@ class Dense(nn.Module):
     Their kernel may be held as `parts` [parts, in, out] in place of [in, *features] (`parts_first`); without `parts`, a
     kernel may be held as `flat` [in, out] (`flattened`).
 
+    With `int8_products` a kernel that is held in int8 is multiplied as it is (`acejax.model.int8`).
+
     `reduce_dtype` is what gradients of parameters are summed in, over tokens, samples and devices; None is `dtype`.
     """
 
@@ -36,6 +42,7 @@ class Dense(nn.Module):
     parts: bool = False
     gather: Callable[[jax.Array, str], jax.Array] = stored
     reduce_dtype: Any = None
+    int8_products: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> Any:
@@ -67,11 +74,15 @@ class Dense(nn.Module):
 
     def _held(self, x: jax.Array, collection: str, leaf: str) -> list[jax.Array]:
         """x times a kernel of a collection, held as it is or by its parts."""
-        if not self.has_variable(collection, "parts"):
-            kernel = self._whole(leaf, self.get_variable(collection, leaf))
-            return self._products(x, kernel.astype(self.dtype))
-        parts = self.gather(self.get_variable(collection, "parts"), "/".join((*self.path, "parts")))
-        return [x @ part.astype(self.dtype) for part in parts]
+        parted = self.has_variable(collection, "parts")
+        kernel = self.get_variable(collection, "parts" if parted else leaf)
+        multiply = int8.product
+        if not (self.int8_products and kernel.dtype == jnp.int8):
+            multiply, kernel = None, kernel.astype(self.dtype)
+        if not parted:
+            return self._products(x, self._whole(leaf, kernel), multiply)
+        parts = self.gather(kernel, "/".join((*self.path, "parts")))
+        return [(multiply or operator.matmul)(x, part) for part in parts]
 
     def _trained(self, x: jax.Array, leaf: str, kernel: jax.Array) -> list[jax.Array]:
         """x times a kernel that is kept as it is trained, in any dtype."""
@@ -80,11 +91,14 @@ class Dense(nn.Module):
             return self._products(x, bring(kernel.astype(self.dtype)))
         return summed_in(x, kernel, self._products, bring, self.reduce_dtype)
 
-    def _products(self, x: jax.Array, kernel: jax.Array) -> list[jax.Array]:
+    def _products(self, x: jax.Array, kernel: jax.Array, multiply: Multiply | None = None) -> list[jax.Array]:
         """x [..., in] times kernel, as `_whole` gives it: of each part, or the whole as the only one."""
+        together = multiply or functools.partial(jnp.tensordot, axes=1)
         if not self.parts or kernel.ndim < 3:
-            return [jnp.tensordot(x, kernel, axes=1)]
-        return list(jax.lax.platform_dependent(x, kernel, tpu=_each, default=_together))
+            return [together(x, kernel)]
+        return list(jax.lax.platform_dependent(
+            x, kernel, tpu=functools.partial(_each, multiply=multiply or operator.matmul),
+            default=functools.partial(_together, multiply=together)))
 
     def _apart(self, values: jax.Array) -> list[jax.Array]:
         """What there is one of for each output [*features], as `_products`."""
@@ -130,14 +144,14 @@ def _turned(kernel: jax.Array) -> jax.Array:
     return jnp.moveaxis(kernel.reshape(*kernel.shape[:-2], -1), -2, -3)
 
 
-def _each(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, ...]:
+def _each(x: jax.Array, kernel: jax.Array, multiply: Multiply) -> tuple[jax.Array, ...]:
     """x [..., in] times each part of a kernel [in, parts, out]."""
-    return tuple(x @ kernel[:, part] for part in range(kernel.shape[1]))
+    return tuple(multiply(x, kernel[:, part]) for part in range(kernel.shape[1]))
 
 
-def _together(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, ...]:
+def _together(x: jax.Array, kernel: jax.Array, multiply: Multiply) -> tuple[jax.Array, ...]:
     """The same as one product."""
-    return tuple(jnp.moveaxis(jnp.tensordot(x, kernel, axes=1), -2, 0))
+    return tuple(jnp.moveaxis(multiply(x, kernel), -2, 0))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))

@@ -214,7 +214,8 @@ class FinalLayer(nn.Module):
 
 
 def _dense(execution: Execution, features: tuple[int, ...], **more: Any) -> Dense:
-    return Dense(features, execution.dtype, reduce_dtype=execution.reduce_dtype, **more)
+    return Dense(features, execution.dtype, reduce_dtype=execution.reduce_dtype,
+                 int8_products=execution.int8_products, **more)
 
 
 def conditioning(config: MMDiTConfig, embed: Callable[[str, jax.Array], jax.Array], sigma: jax.Array,

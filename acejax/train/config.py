@@ -134,6 +134,7 @@ class ExecutionConfig:
     """As `acejax.Execution`, which also needs the mesh.
 
     Attributes:
+      int8_products: as there, for a LoRA on a base in int8.
       reduce_dtype: as there: "float32" for gradients that are summed and sent in it, beside `dtype` "bfloat16".
       remat: as there, or "auto", which `acejax.train.plan_remat` settles before a run starts.
       compiler_options: of XLA, over those of `acejax.parallel.options`.
@@ -143,6 +144,7 @@ class ExecutionConfig:
     attention: str = "auto"
     remat: str = "full"
     reduce_dtype: str | None = None
+    int8_products: bool = False
     compiler_options: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
@@ -302,6 +304,9 @@ class TrainConfig:
         if run.lora and (run.optimizer.fused or run.optimizer.param_dtype != "float32"):
             raise UserError("config.lora with config.optimizer.fused or param_dtype='bfloat16': a LoRA's factors are "
                             "small, and trained in float32 by the ordinary step")
+        if run.execution.int8_products and (run.lora is None or run.lora.base != "int8"):
+            raise UserError("config.execution.int8_products is True without a base in int8; expected config.lora.base="
+                            "int8 with it")
         if run.optimizer.fused and run.execution.remat not in (remat.FULL, AUTO):
             raise UserError(f"config.execution.remat is {run.execution.remat!r} and config.optimizer.fused True, which "
                             "recomputes each block; expected 'full'")

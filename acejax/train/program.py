@@ -46,7 +46,8 @@ class Program:
     def of(cls, run: TrainConfig, mesh: Mesh, references: int, tasks: int) -> "Program":
         """For data of so many references and tasks."""
         how = run.execution
-        execution = Execution(how.dtype, how.attention, how.remat, reduce_dtype=how.reduce_dtype)
+        execution = Execution(how.dtype, how.attention, how.remat, reduce_dtype=how.reduce_dtype,
+                              int8_products=how.int8_products)
         execution = kernels.on_devices(execution, run.model, mesh)
         setting, optimizer = run.setting(execution, references, tasks), make_optimizer(run.optimizer, run.steps)
         params = frozen = None

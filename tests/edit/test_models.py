@@ -169,6 +169,8 @@ def test_a_staged_manifest_reads_the_transformer_once(config, tmp_path, monkeypa
 def test_what_cannot_serve_is_named(config, folder):
     with pytest.raises(UserError, match="eight_bits is 'int4'; expected one of int8, float8"):
         dataclasses.replace(config, eight_bits="int4")
+    with pytest.raises(UserError, match="int8_products with eight_bits=float8; expected eight_bits=int8 with it"):
+        dataclasses.replace(config, eight_bits="float8", int8_products=True)
     with pytest.raises(UserError, match="not a FLUX transformer"):
         Models(dataclasses.replace(config, transformer=config.encoders.clip))
     save_file(cases.state(dataclasses.replace(MMDIT, context_in_dim=24)), folder / "other.safetensors")

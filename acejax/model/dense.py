@@ -93,12 +93,11 @@ class Dense(nn.Module):
 
     def _products(self, x: jax.Array, kernel: jax.Array, multiply: Multiply | None = None) -> list[jax.Array]:
         """x [..., in] times kernel, as `_whole` gives it: of each part, or the whole as the only one."""
-        together = multiply or functools.partial(jnp.tensordot, axes=1)
         if not self.parts or kernel.ndim < 3:
-            return [together(x, kernel)]
-        return list(jax.lax.platform_dependent(
-            x, kernel, tpu=functools.partial(_each, multiply=multiply or operator.matmul),
-            default=functools.partial(_together, multiply=together)))
+            return [(multiply or _tensordot)(x, kernel)]
+        return list(jax.lax.platform_dependent(x, kernel,
+                                               tpu=functools.partial(_each, multiply=multiply or operator.matmul),
+                                               default=functools.partial(_together, multiply=multiply or _tensordot)))
 
     def _apart(self, values: jax.Array) -> list[jax.Array]:
         """What there is one of for each output [*features], as `_products`."""
@@ -144,12 +143,16 @@ def _turned(kernel: jax.Array) -> jax.Array:
     return jnp.moveaxis(kernel.reshape(*kernel.shape[:-2], -1), -2, -3)
 
 
-def _each(x: jax.Array, kernel: jax.Array, multiply: Multiply) -> tuple[jax.Array, ...]:
+def _tensordot(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return jnp.tensordot(x, kernel, axes=1)
+
+
+def _each(x: jax.Array, kernel: jax.Array, multiply: Multiply = operator.matmul) -> tuple[jax.Array, ...]:
     """x [..., in] times each part of a kernel [in, parts, out]."""
     return tuple(multiply(x, kernel[:, part]) for part in range(kernel.shape[1]))
 
 
-def _together(x: jax.Array, kernel: jax.Array, multiply: Multiply) -> tuple[jax.Array, ...]:
+def _together(x: jax.Array, kernel: jax.Array, multiply: Multiply = _tensordot) -> tuple[jax.Array, ...]:
     """The same as one product."""
     return tuple(jnp.moveaxis(multiply(x, kernel), -2, 0))
 

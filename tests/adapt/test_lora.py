@@ -68,6 +68,8 @@ def test_without_lora_the_program_is_the_plain_one(monkeypatch):
         zero: bool = False
         parts: bool = False
         gather: Any = None
+        reduce_dtype: Any = None
+        int8_products: bool = False
 
         @nn.compact
         def __call__(self, x):

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from acejax.aot import compiler
-from acejax.data.written import check_place
+from acejax.data import written
 from acejax.errors import UserError
 from acejax.model import flops
 from acejax.model.config import MMDiTConfig
@@ -128,7 +128,7 @@ def main(argv: list[str]) -> int:
     figures = chosen(args.only)
     if args.json is None and not args.only:
         args.json = RESULTS
-    check_place(args.json)
+    written.check_place(args.json)
     others = _others(args.json, args.against, figures) if args.only and args.json else []
     rows = []
     with _checkout(args.against) as older:
@@ -137,7 +137,8 @@ def main(argv: list[str]) -> int:
             rows.append(measure(figure, older, args.cache.resolve(), args.fresh))
             print(f"      {line(rows[-1])}", flush=True)
     if args.json:
-        args.json.write_text(json.dumps(report([*others, *rows], args.against, argv), indent=1) + "\n")
+        record = report([*others, *rows], args.against, argv)
+        written.write(args.json, (json.dumps(record, indent=1) + "\n").encode())
     print("\n" + "\n".join(line(row) for row in rows))
     return 0 if all(row["holds"] is not False for row in rows) else 1
 
@@ -146,17 +147,21 @@ def _others(path: pathlib.Path, against: str | None, figures: Sequence[Figure]) 
     """The rows of a record that are not made now.
 
     Raises:
-      UserError: they were held against another commit.
+      UserError: they were made with other versions, or held against another commit, or one is no figure.
     """
     if not path.is_file():
         return []
     record = json.loads(path.read_text())
-    older = against and _git("rev-parse", "--short", against)
-    if record["against"] != older:
-        raise UserError(f"--json={path}: its rows are against {record['against']}, found --against {older}; expected "
-                        "the same, or another file")
+    now = {"against": against and _git("rev-parse", "--short", against), "versions": tpu_run.versions()}
+    for name, value in now.items():
+        if record[name] != value:
+            raise UserError(f"--json={path}: {name} of its rows is {record[name]}, here {value}; expected the same, or "
+                            "another file")
     made = {figure.name for figure in figures}
-    return [row for row in record["rows"] if row["figure"] not in made]
+    rows = [row for row in record["rows"] if row["figure"] not in made]
+    if unknown := [row["figure"] for row in rows if row["figure"] not in {figure.name for figure in FIGURES}]:
+        raise UserError(f"--json={path}: its row {unknown[0]!r} is no figure; expected another file")
+    return rows
 
 
 def chosen(only: Sequence[str] | None) -> list[Figure]:

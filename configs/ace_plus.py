@@ -53,6 +53,7 @@ def get_config(choices: str = "") -> ConfigDict:
                       "ema": 0.0, "param_dtype": "float32", "rounding": "stochastic", "fused": False},
         "mesh": {"data": 1, "fsdp": -1, "tensor": 1, "seq": 1},
         "execution": {"dtype": "bfloat16", "attention": "auto", "remat": "full",
+                      "int8_products": False,  # of a LoRA's base in int8
                       "reduce_dtype": config_dict.placeholder(str)},  # of gradients: float32, or dtype's
         "checkpoint": {"every": 1000, "keep": 2, "best": 1, "export_every": 0, "export_layout": "bfl",
                        "export_dtype": config_dict.placeholder(str)},

@@ -58,12 +58,15 @@ def main(argv: Sequence[str]) -> int:
     text = values["text"].value or config.get("encoders", {}).get("text_length", 512)
     data, why = _data(config)
     kinds = _kinds(values, config, data, why) if values["save"].value else None
-    buckets = _buckets(run, config, there, values["tokens"].value, values["samples"].value, data)
+    buckets = _buckets(run, config, there, values["tokens"].value, values["samples"].value, data,
+                       bool(values["save"].value))
     run = settled(run, buckets, text, there.chip, there.devices, there.slices)
     found = plan(run, buckets, text, there.chip, there.devices, values["efficiency"].value, there.slices)
     total = whole(run, found, there.chips, data, why, values["price"].value, config.get("cache", {}).get("variants", 1))
     left = spare(run, found, buckets)
     print("\n\n".join(filter(None, (found.table(), total.table(), _left(found, left)))), flush=True)
+    if run.execution.int8_products:
+        print("products in int8 are not counted: seconds are those of products in the activations' dtype", flush=True)
     report = {"topology": dataclasses.asdict(there), "plan": found.to_json(), "run": dataclasses.asdict(total),
               "spare": [dataclasses.asdict(use) for use in left]}
     good = found.fits
@@ -96,6 +99,8 @@ def _data(config: Any) -> tuple[Samples | None, str]:
 def _check_save(values: flags.FlagValues, there: Topology) -> None:
     """What can be wrong with --save before anything is compiled."""
     if not (save := values["save"].value):
+        if given := [name for name in ("tasks", "references") if values[name].present]:
+            raise UserError(f"plan: --{given[0]} is of the step that --save=FILE writes, and there is no --save")
         return
     if not values["compile"].value or there.chip is None:
         raise UserError(f"plan: --save={save} goes with --compile and a TPU's topology, here is {there.name}; on CPUs "
@@ -135,8 +140,8 @@ def _left(found: Plan, left: Sequence[Spare]) -> str:
                       *(f"  {use}" for use in left)])
 
 
-def _buckets(run: TrainConfig, config: Any, there: Topology, tokens: int, samples: int, known: Samples | None
-             ) -> dict[int, int]:
+def _buckets(run: TrainConfig, config: Any, there: Topology, tokens: int, samples: int, known: Samples | None,
+             save: bool) -> dict[int, int]:
     """Samples of a batch by image tokens: those given, those that training would choose for the data that is known, or
     the greatest that the config allows.
 
@@ -144,6 +149,8 @@ def _buckets(run: TrainConfig, config: Any, there: Topology, tokens: int, sample
     """
     mesh = abstract_mesh(run.mesh, there.devices)
     parts = rules.batch_parts(mesh, run.optimizer.accumulate)
+    if tokens and save and not samples and "batch_tokens" in config.data:
+        return batch_sizes([tokens], config.data.batch_tokens, parts)  # as the run that is to find it
     if tokens:
         return {tokens: samples or parts}
     if samples:

@@ -27,7 +27,7 @@ def round_tokens(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(int8 [..., in], scale [..., 1] float32), x being about their product."""
     x = x.astype(jnp.float32)
     greatest = jnp.abs(x).max(-1, keepdims=True)
-    scale = jnp.where(greatest > 0, greatest, 1.0) / GREATEST
+    scale = jnp.where(greatest == 0, 1.0, greatest) / GREATEST  # of a token that is not finite, neither is it
     return jnp.round(x / scale).astype(jnp.int8), scale
 
 

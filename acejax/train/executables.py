@@ -32,7 +32,9 @@ from acejax.train.program import Program
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax")
 SETTINGS = ("jax_enable_x64", "jax_default_matmul_precision", "jax_default_prng_impl", "jax_threefry_partitionable",
-            "jax_numpy_dtype_promotion", "jax_use_shardy_partitioner", "jax_debug_nans", "jax_debug_infs")
+            "jax_numpy_dtype_promotion", "jax_use_shardy_partitioner", "jax_debug_nans", "jax_debug_infs",
+            "jax_random_seed_offset", "jax_enable_custom_prng", "jax_softmax_custom_jvp", "jax_optimization_level",
+            "jax_exec_time_optimization_effort", "jax_memory_fitting_level", "jax_memory_fitting_effort")
 FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
 OTHERS = re.compile(r"--xla_(force_host_platform_device_count|dump_\w+)\b")  # flags that change no program
 TOLD = 3  # differences in a message
@@ -54,7 +56,7 @@ def check(path: str) -> None:
         raise UserError(f"--executables={path}: found {count} processes on CPUs, expected one, or accelerators: "
                         "compiled programs that several CPU processes load wait for each other for ever")
     place = epath.Path(path)
-    if path.endswith(saved.SUFFIX) or place.is_file():
+    if _is_file(place):
         saved.read(place)
         return
     try:
@@ -62,6 +64,11 @@ def check(path: str) -> None:
     except OSError as error:
         raise UserError(f"--executables={path}: {error.strerror or error}; expected a folder, or a file that `acejax "
                         "plan --save` has written") from error
+
+
+def _is_file(path: epath.Path) -> bool:
+    """By its name: a folder of a bucket is not there before it holds something."""
+    return path.name.endswith(saved.SUFFIX) or path.is_file()
 
 
 def key(program: Program, batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -80,7 +87,7 @@ def key(program: Program, batch: Mapping[str, Any]) -> dict[str, Any]:
         "backend": _backend(device), "device": device.device_kind,
         "mesh": dict(mesh.shape), "places": [_place(each) for each in mesh.devices.flat],
         "settings": {name: getattr(jax.config, name, None) for name in SETTINGS} | {
-            name: sorted(flag for flag in os.environ.get(name, "").split() if not OTHERS.match(flag))
+            name: [flag for flag in os.environ.get(name, "").split() if not OTHERS.match(flag)]  # of two the last holds
             for name in FLAGS},
         "options": options(device.platform, run.execution.compiler_options) or {},
         "config": {"seed": run.seed, "steps": run.steps, "model": dataclasses.asdict(run.model), "execution": how,
@@ -129,7 +136,7 @@ def save(path: epath.PathLike, program: Program, batch: Mapping[str, Any], compi
     metrics = tuple(sorted(compiled.out_tree.unflatten(range(compiled.out_tree.num_leaves))[1]))
     try:
         payload, *trees = serialize_executable.serialize(compiled)
-    except (ValueError, NotImplementedError, jax.errors.JaxRuntimeError) as error:
+    except Exception as error:  # jax pickles it, and a runtime may refuse
         raise UserError(f"jax {jax.__version__} can't serialise this step ({_line(error)}); it is not saved") from error
     if tuple(trees) != _trees(program, batch, metrics):
         raise UserError(f"{path}: the step's arguments or results are not those of the program that it was made of")
@@ -171,7 +178,7 @@ class Place:
 
     def __init__(self, path: str):
         self._path = path and epath.Path(path)
-        self._folder = bool(path) and self._path.is_dir()
+        self._folder = bool(path) and not _is_file(self._path)
 
     @property
     def keeps(self) -> bool:
@@ -193,13 +200,16 @@ class Place:
         found, why = {}, {}
         for bucket, batch in batches.items():
             here = key(program, batch)
-            nearest = min(files, key=lambda file, here=here: len(differences(keys[file], here)), default=None)
-            try:
-                if nearest is None:
-                    raise Unfit(f"{self._path} has none yet")
-                found[bucket] = load(nearest, program, batch)
-            except Unfit as error:
-                why[bucket] = str(error)
+            apart = {file: len(differences(keys[file], here)) for file in files}
+            same = [file for file in files if not apart[file]]
+            nearest = same or sorted(files, key=apart.__getitem__)[:1]  # which says what differs
+            why[bucket] = f"{self._path} has none yet"
+            for file in nearest:
+                try:
+                    found[bucket] = load(file, program, batch)
+                    break
+                except Unfit as error:
+                    why[bucket] = str(error)
         if jax.process_count() > 1:  # one program for all
             mine = np.array([bucket in found for bucket in batches])
             everywhere = multihost_utils.process_allgather(mine).reshape(-1, len(mine)).all(0)

@@ -110,13 +110,21 @@ def test_a_commit_that_is_not_there():
 
 def test_rows_that_are_not_made_again_stay(tmp_path, monkeypatch):
     monkeypatch.setattr(tpu, "_git", lambda *arguments: "abc")
+    monkeypatch.setattr(tpu_run, "versions", lambda: {"jax": "1"})
     path, rows = tmp_path / "tpu.json", [{"figure": name} for name in ("attention v6e", "full v6e-8")]
     made = [figure for figure in tpu.FIGURES if figure.name == "full v6e-8"]
     assert tpu._others(path, "abc", made) == []
-    path.write_text(json.dumps({"against": "abc", "rows": rows}))
+    record = {"against": "abc", "versions": {"jax": "1"}, "rows": rows}
+    path.write_text(json.dumps(record))
     assert tpu._others(path, "abc", made) == rows[:1]
-    with pytest.raises(UserError, match="its rows are against abc, found --against None"):
+    with pytest.raises(UserError, match="against of its rows is abc, here None"):
         tpu._others(path, None, made)
+    path.write_text(json.dumps(record | {"versions": {"jax": "0"}}))
+    with pytest.raises(UserError, match="versions of its rows is"):
+        tpu._others(path, "abc", made)
+    path.write_text(json.dumps(record | {"rows": [{"figure": "renamed"}]}))
+    with pytest.raises(UserError, match="its row 'renamed' is no figure"):
+        tpu._others(path, "abc", made)
 
 
 RESULTS = Path(tpu.__file__).parent / "results" / "tpu.json"

@@ -27,6 +27,7 @@ def test_a_product_is_that_of_whole_numbers():
     np.testing.assert_allclose(rounded * scale, x, atol=float(scale.max()) / 2 + 1e-6)
     whole = np.einsum("bsi,ipo->bspo", np.asarray(rounded, np.int64), np.asarray(q, np.int64))
     np.testing.assert_allclose(int8.product(x, q), whole * np.asarray(scale)[..., None], rtol=1e-6)
+    assert jnp.isnan(int8.product(x.at[0, 1, 3].set(jnp.nan), q)[0, 1]).all(), "what is not finite stays so"
     error = int8.product(x, q) - jnp.tensordot(x, q.astype(jnp.float32), axes=1)
     assert float(jnp.sqrt(jnp.square(error).mean()) / jnp.tensordot(x, q.astype(jnp.float32), axes=1).std()) < 0.01
 

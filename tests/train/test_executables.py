@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -86,6 +87,25 @@ def test_the_next_start_traces_nothing_and_computes_the_same(made, tmp_path, mon
     assert LOADS in capsys.readouterr().out
     assert run(tmp_path / "file", the_file(place)) == found
     assert LOADS in capsys.readouterr().out and len(list(place.iterdir())) == 1
+
+
+def test_a_file_that_can_not_be_loaded_hides_no_other(made, tmp_path, capsys):
+    """As a step compiled ahead that a chip refuses: with the same key, and first by name."""
+    place, found = made
+    header = saved.read(the_file(place))
+    shutil.copy(the_file(place), tmp_path / "step.executable")
+    saved.write(tmp_path / "0.executable", header.key, header.metrics, b"of another runtime")
+    assert run(tmp_path / "run", tmp_path) == found
+    assert LOADS in capsys.readouterr().out
+    (tmp_path / "step.executable").unlink()
+    with pytest.raises(Unfit, match="0.executable can't be loaded here"):
+        load(tmp_path / "0.executable", *step())
+
+
+def test_a_folder_that_is_not_there_yet_is_a_folder(tmp_path):
+    """As one of a bucket, which is there when something is in it."""
+    assert Place(str(tmp_path / "new")).keeps and not Place(str(tmp_path / "new.executable")).keeps
+    assert Place(str(tmp_path / "new")).find(step()[0], {}) == {}
 
 
 def test_a_plan_s_step_is_the_run_s(made):

@@ -142,8 +142,11 @@ def constrain(mesh: Mesh) -> Callable[[jax.Array, str], jax.Array]:
     tokens = P(BATCH_AXES, "seq", "tensor")
     ways = {"hidden": (HIDDEN,), "heads": (tokens, HEADS), "tokens": (HEADS, tokens),
             "row": (P(BATCH_AXES, None),),
-            "vector": (P(BATCH_AXES, None), P(None, None), P(None, "fsdp")),  # gathered, then cut: no permutes
-            "modulation": (P(None, None, "tensor"), P(None, None, None), P(BATCH_AXES, None, None))}
+            # gathered, then cut: no permutes; one axis after the other, as over a whole torus of three axes there is
+            # no all-gather (`meshes.in_stages`)
+            "vector": (P(BATCH_AXES, None), P(BATCH_AXES[0], None), P(None, None), P(None, "fsdp")),
+            "modulation": (P(None, None, "tensor"), P(None, None, None), P(BATCH_AXES[0], None, None),
+                           P(BATCH_AXES, None, None))}
 
     def pin(x: jax.Array, kind: str) -> jax.Array:
         for spec in ways[kind]:

@@ -13,8 +13,8 @@ Where the figures are from:
   of v7x 2^19. For v7x this gives 2.2 GHz, and times of the same attention kernel agree: of equally many cycles, v7x
   takes 0.77 of v6e's time (tokamax's tuning tables, 1.550 and 2.014 ms).
 * `efficiency`: FLOPs of the full fine-tune step of 12B, with what is recomputed (305 TFLOP a device), over the peak in
-  the seconds of the TPU compiler's cycles (docs/chips.md; tests/train/test_plan_seconds.py): 1.197 G of v6e-8, 1.56 G
-  of v5p-128, 3.00 G of v5e-256. The compiler counts no waiting for memory, and no chip has run it.
+  the seconds of the TPU compiler's cycles (docs/chips.md; tests/train/test_plan_seconds.py): 1.197 G of v6e-8, 1.515 G
+  of v5p-128, 2.750 G of v5e-256. The compiler counts no waiting for memory, and no chip has run it.
 * `link`, the least certain number: what one device can send to its neighbours in one direction. TPU: half of what the
   first "system architecture" pages called the interconnect of a chip (v4 2,400, v5e 1,600, v5p 4,800, v6e 3,584
   Gbit/s; newer pages count twice as much: "bidirectional", with v7x's chip as v5p's). A torus whose axes all carry a
@@ -124,8 +124,8 @@ CHIPS = {chip.name: chip for chip in (
     Chip("rtx4090", r"NVIDIA GeForce RTX 4090", 23.6 * GIB, 165e12, 26e9, 3.1 * GBIT, 8, host=(8, 500e9),
          host_link=32e9),
     _tpu("v4", r"TPU v4", 30.75, 275e12, 150e9, 50, 4096, 3, (4, 400e9), cores=2, host_link=16e9),
-    _tpu("v5e", r"TPU v5 ?(lite|e)", 15.75, 197e12, 100e9, 25, 256, 2, (4, 190e9), 1.5e9, 0.77),
-    _tpu("v5p", r"TPU v5p?", 95.73, 459e12, 300e9, 50, 6144, 3, (4, 448e9), 1.75e9, 0.75, cores=2),
+    _tpu("v5e", r"TPU v5 ?(lite|e)", 15.75, 197e12, 100e9, 25, 256, 2, (4, 190e9), 1.5e9, 0.84),
+    _tpu("v5p", r"TPU v5p?", 95.73, 459e12, 300e9, 50, 6144, 3, (4, 448e9), 1.75e9, 0.77, cores=2),
     _tpu("v6e", r"TPU v6 ?(lite|e)", 31.24, 918e12, 224e9, 100, 256, 2, (4, 720e9), 1.75e9, 0.49),
     _tpu("v7x", r"TPU7x", 94.74, 1153.5e12, 150e9, 50, 18432, 3, (8, 960e9), 2.2e9, devices=2),
 )}

@@ -132,8 +132,9 @@ RESULTS = Path(tpu.__file__).parent / "results" / "tpu.json"
 
 def test_recorded_figures():
     report = json.loads(RESULTS.read_text())
-    recorded = [row["figure"] for row in report["rows"]]  # docs/chips.md says which are still missing
-    assert recorded == [name for name in FIGURES if name in recorded] and len(recorded) >= 9
+    recorded = [row["figure"] for row in report["rows"]]  # docs/chips.md says which of the encoders' are missing
+    assert set(recorded) >= {name for name, figure in FIGURES.items() if figure.side == tpu_run.SIDE}
+    assert recorded == [name for name in FIGURES if name in recorded]
     assert report["against"] == "c143ae5"
     for row in report["rows"]:
         judged = tpu.judge(FIGURES[row["figure"]], row["ours"], row["against"])

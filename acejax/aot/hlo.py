@@ -142,14 +142,17 @@ class _Reader:
 
     def program(self, name: str) -> Program:
         """Of a computation and all that it calls."""
-        operations, kernels = [], collections.Counter()
+        operations, kernels, seen = [], collections.Counter(), set()
         moved, zeros = collections.Counter(), 0.0
         for instruction, calls, computation in self.run(name, 1):
             if instruction.cycles:
                 operations.append(self.operation(instruction, calls))
             if "tpu_custom_call" in instruction.rest:
                 kernels[_signature(instruction)] += calls
-            for kind, size, of_zeros in self.sent(instruction, computation):
+            for kind, size, of_zeros, channel in self.sent(instruction, computation):
+                if channel and (channel, computation) in seen:  # one that goes on through several fusions
+                    continue
+                seen.add((channel, computation))
                 moved[kind] += calls * size
                 zeros += calls * of_zeros
         operations.sort(key=lambda operation: operation.cycles, reverse=True)
@@ -182,11 +185,12 @@ class _Reader:
         numbers = [int(found[1]) for found in (re.match(r"(\d+)\)", rest) for rest in constants) if found]
         return numbers[0] if len(numbers) == 1 else 1
 
-    def sent(self, instruction: _Instruction, computation: str) -> list[tuple[str, float, float]]:
-        """(kind, bytes, bytes of these that stand for a gather) of a collective, also of one in a fusion."""
+    def sent(self, instruction: _Instruction, computation: str) -> list[tuple[str, float, float, str]]:
+        """(kind, bytes, bytes of these that stand for a gather, channel) of a collective, also of one in a fusion."""
         kind = instruction.kind.removesuffix("-start")
         if kind in COLLECTIVES:
-            return [(kind, self._size(instruction, computation), self._of_zeros(instruction, computation))]
+            return [(kind, self._size(instruction, computation), self._of_zeros(instruction, computation),
+                     instruction.attribute("channel_id"))]
         if instruction.kind != "fusion":
             return []
         called = instruction.attribute("calls")
@@ -195,7 +199,8 @@ class _Reader:
             kind = inner.kind.removesuffix("-start")
             if kind in COLLECTIVES:
                 kind = "reduce-scatter" if called.startswith("all-reduce-scatter") else kind
-                found.append((kind, self._size(inner, called), self._of_zeros(inner, called)))
+                found.append((kind, self._size(inner, called), self._of_zeros(inner, called),
+                              inner.attribute("channel_id")))
         return found
 
     def _named(self, computation: str) -> dict[str, _Instruction]:

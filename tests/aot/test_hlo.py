@@ -60,6 +60,16 @@ def test_a_collective_in_two_parts_counts_once():
     assert hlo.read(program(main)).collectives == {"all-gather": 64 * 16 * 2}
 
 
+def test_a_collective_that_goes_on_through_several_fusions_counts_once():
+    """As on v5e: each part of the way is in the fusion that runs beside it."""
+    parts = [computation(
+        f"part.{i}", "%p.0 = bf16[8,16]{1,0} parameter(0)",
+        "%all-gather.1 = bf16[64,16]{1,0} all-gather(%p.0), channel_id=7") for i in range(3)]
+    main = computation(
+        "main", *(fusion(f"fusion.{i}", 10, calls=f"part.{i}") for i in range(3)), entry=True)
+    assert hlo.read(program(*parts, main)).collectives == {"all-gather": 64 * 16 * 2}
+
+
 def test_a_collective_of_another_core():
     """As v7x's SparseCores run them: started by a call, whose result is a mark."""
     other = computation(

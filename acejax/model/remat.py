@@ -96,11 +96,10 @@ def on_host(remat: str) -> tuple[str, ...]:
     return tuple(name for name, host in places(remat).items() if host)
 
 
-def setting(saved: Iterable[str], host: Iterable[str] = ()) -> str:
-    """The setting that saves these on the device, those in the host's memory, and no others."""
-    saved, host = set(saved), set(host)
-    chosen = (name if name in saved else name + HOST for name in TABLE if name in saved | host)
-    return ",".join(chosen) or FULL
+def setting(saved: Iterable[str]) -> str:
+    """The setting that saves these on the device, and no others."""
+    saved = set(saved)
+    return ",".join(name for name in TABLE if name in saved) or FULL
 
 
 def settings() -> tuple[str, ...]:

@@ -94,7 +94,7 @@ BACKENDS = {
     "tpu": Backend(mlp=8, heads=7, hidden=3, logits=3, gathered=_own_block, vectors=0, reserve=0.15e9, apart=True),
 }
 SLICED = 4  # single blocks whose gathered weights a TPU's peak has more where the step goes over several slices: read
-#             off the one peak that is known, v5e-256x2's, 0.89 GB above v5e-256's
+#             off the one peak that is known, v5e-256x2's
 MUON = 2.7  # copies of the gradients while Muon goes through the stacks: what it changes in place is copied before
 RELAID = 2 * 8 / 6  # modulation kernels of double blocks that a TPU's AdamW makes anew beside the old: of two leaves,
 #                     parameter and moments, in a layout in which their 6 vectors take 8 rows

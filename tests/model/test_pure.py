@@ -11,22 +11,17 @@ import pytest
 import acejax
 from acejax import flow, lcu
 from acejax.model.mmdit import example
+from tests.model.small import jit, random_params
 
 CONFIG = acejax.MMDiTConfig.tiny(depth=1, depth_single_blocks=1, hidden_size=64, num_heads=2, mlp_ratio=2)
 HEIGHT, WIDTH = 4, 6  # latent pixels: 6 tokens
 PARTS = ("latents", "edit", "mask", "text", "pooled")
 DEFAULT = acejax.Execution()
 
-# Compiling is nearly all that these tests cost, and how fast the tiny programs then run does not matter.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
 
 @pytest.fixture(scope="module")
 def params():
-    """Random everywhere: adaLN-zero would make the model blind to its input."""
-    leaves, tree = jax.tree.flatten(jax.eval_shape(acejax.init, CONFIG, jax.random.key(0)))
-    random = np.random.default_rng(1)
-    return tree.unflatten([0.2 * random.normal(size=leaf.shape).astype(np.float32) for leaf in leaves])
+    return random_params(CONFIG)
 
 
 @pytest.fixture(scope="module")

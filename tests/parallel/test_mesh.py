@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import importlib.util
 import os
 import pathlib
 import subprocess
@@ -19,6 +18,7 @@ from acejax import UserError
 from acejax.parallel import rules
 from acejax.parallel.mesh import AXES, abstract_mesh
 from acejax.weights import keymaps
+from tests.aot.libtpu import needs_libtpu
 from tests.goldens import cases
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -139,7 +139,7 @@ def test_weights_go_onto_a_mesh_that_lacks_axes_and_no_others(tmp_path):
                 use(mesh)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu, which knows real slices, is not there")
+@needs_libtpu
 def test_real_slices_make_the_mesh_that_jax_makes_of_them():
     done = subprocess.run([sys.executable, "-m", "tests.parallel.slices"], cwd=ROOT, env=os.environ.copy(),
                           capture_output=True, text=True)
